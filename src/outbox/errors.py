@@ -1,0 +1,74 @@
+"""The error tree. Each error says what is wrong and what to do next."""
+
+
+class OutboxError(Exception):
+    """Root of everything that this package raises on purpose."""
+
+
+# ------------------------------------------------------------------------------------------------ emitting
+
+
+class EmitError(OutboxError, ValueError):
+    """An event that could never be published; raised in the caller's transaction, so that it cannot commit.
+
+    Attributes:
+        field: what is wrong: `payload`, `key`, `headers`, `topic`, `type` ...
+        problem: why its value cannot be published.
+        remedy: what to change.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+
+class RecordTooLarge(EmitError):
+    """The event is larger than its topic takes."""
+
+
+class TransactionClosed(OutboxError):
+    """The transaction has ended; open another one to emit."""
+
+
+class ReceiptUnavailable(OutboxError):
+    """There is no receipt: the transaction has not committed, emitted nothing, or names too many keys."""
+
+
+# ------------------------------------------------------------------------------------------------ operating
+
+
+class NotMigrated(OutboxError):
+    """The database lacks our tables, or some migration of them; run `outbox migrate up`."""
+
+
+class MigrationChanged(OutboxError):
+    """An applied migration differs from the file shipped with this version; install the version that applied it."""
+
+
+class ShardUnavailable(OutboxError):
+    """Another relay holds the shard's lease, or took it over; this one stands by."""
+
+
+class RestoreDetected(OutboxError):
+    """The database was restored, promoted or copied; nothing is published until `outbox adopt` says that this is wanted."""
+
+
+class PublishFailed(OutboxError):
+    """Kafka did not take a batch and will not; the relay starts again from its log."""
+
+
+# ------------------------------------------------------------------------------------------------ caches
+
+
+class CacheDeclarationError(OutboxError, TypeError):
+    """A cache, a handler or its table do not fit together; raised at import or when the consumer starts."""
+
+
+class ParkingFull(OutboxError):
+    """A consumer has parked as many events as its bound allows; its partition stands still until some are resolved."""
+
+
+class WaitTimeout(OutboxError, TimeoutError):
+    """The cache did not show the receipt's event in time."""

@@ -1,0 +1,262 @@
+"""The one door to Kafka: a producer that can be thrown away, reads of a topic's tail, and facts about topics.
+
+aiokafka is used through its batch interface: the relay fills a batch per partition, sends it and waits for its one
+acknowledgement. Each call is a crash site (see `crash_sites`). Errors are sorted into three kinds, because each has another
+answer: a record that cannot be published (park it), a producer that is finished (make another), and everything else (wait).
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, Protocol, TypeAlias
+
+import aiokafka
+from aiokafka import errors
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.partitioner import murmur2
+
+from outbox import crash_sites
+from outbox.settings import Settings
+from outbox.wire import Header
+
+log = logging.getLogger(__name__)
+
+KafkaError = errors.KafkaError
+TopicPartition = aiokafka.TopicPartition
+ConsumerRecord: TypeAlias = aiokafka.ConsumerRecord
+
+UNPUBLISHABLE: Final = (
+    errors.MessageSizeTooLargeError,
+    errors.RecordListTooLargeError,
+    errors.InvalidMessageError,
+    errors.InvalidTopicError,
+    errors.PolicyViolationError,
+)
+"""Refused because of what a batch contains; sending it again would be refused again."""
+
+_SITES: Final = {
+    name: crash_sites.register(f"kafka.{name}") for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit")
+}
+_START_TIMEOUT_SECONDS: Final = 20.0
+_ABORT_TIMEOUT_SECONDS: Final = 2.0
+
+
+@lru_cache(maxsize=131_072)
+def partition_hash(key: str) -> int:
+    """Kafka's murmur2 of a key; modulo a partition count it is the partition that every Kafka client computes."""
+    return int(murmur2(key.encode())) & 0x7FFFFFFF
+
+
+class Batch(Protocol):
+    """What the relay needs of aiokafka's batch builder."""
+
+    def append(
+        self, *, timestamp: int | None, key: bytes | None, value: bytes | None, headers: Sequence[Header]
+    ) -> object | None:
+        """Add a record; None when the batch is full."""
+
+    def record_count(self) -> int:
+        """Records so far."""
+
+
+class Producer:
+    """A producer that is rebuilt when it is finished, idempotent where the broker can."""
+
+    def __init__(self, servers: str, settings: Settings) -> None:
+        """A producer for `servers`; connects on first use."""
+        self._servers = servers
+        self._settings = settings
+        self._idempotent: bool | None = None
+        self._producer: aiokafka.AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
+
+    @property
+    def generation(self) -> int:
+        """Identifies the present producer, so that only its own failure throws it away."""
+        return id(self._producer)
+
+    async def start(self) -> None:
+        """Connect, unless connected; finds out once whether the broker supports idempotence.
+
+        Raises:
+            KafkaError, OSError, TimeoutError: the broker cannot be reached now.
+        """
+        async with self._starting:
+            if self._producer is not None:
+                return
+            await crash_sites.visit(_SITES["start"], "before")
+            if self._idempotent is not False:
+                try:
+                    self._producer = await self._connect(idempotent=True)
+                    self._idempotent = True
+                except errors.KafkaConnectionError:
+                    raise
+                except (errors.UnsupportedVersionError, errors.UnknownError, errors.IncompatibleBrokerVersion) as error:
+                    if self._idempotent:
+                        raise
+                    log.warning("the broker refuses idempotent producers (%r): going on without", error)
+                    self._idempotent = False
+            if self._producer is None:
+                self._producer = await self._connect(idempotent=False)
+            await crash_sites.visit(_SITES["start"], "after")
+
+    async def _connect(self, *, idempotent: bool) -> aiokafka.AIOKafkaProducer:
+        compression = None if self._settings.compression == "none" else self._settings.compression
+        producer = aiokafka.AIOKafkaProducer(
+            bootstrap_servers=self._servers,
+            acks="all",
+            enable_idempotence=idempotent,
+            compression_type=compression,
+            max_batch_size=self._settings.batch_max_bytes,
+            max_request_size=8 * self._settings.batch_max_bytes,
+            request_timeout_ms=int(self._settings.publish_timeout_seconds * 1000),
+            linger_ms=0,
+        )
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_SECONDS):
+                await producer.start()
+        except BaseException:
+            await _abort(producer)
+            raise
+        return producer
+
+    def batch(self) -> Batch:
+        """An empty batch of the present producer."""
+        if self._producer is None:
+            raise errors.ProducerClosed
+        builder: Batch = self._producer.create_batch()
+        return builder
+
+    async def send(self, batch: Batch, topic: str, partition: int) -> int:
+        """Send one batch and wait until Kafka has it; the offset of its first record comes back.
+
+        Raises:
+            KafkaError, TimeoutError: not known to be published. After anything but `UNPUBLISHABLE` call `discard`.
+        """
+        producer = self._producer
+        if producer is None:
+            raise errors.ProducerClosed
+        await crash_sites.visit(_SITES["send"], "before")
+        acknowledged = await producer.send_batch(batch, topic, partition=partition)
+        async with asyncio.timeout(self._settings.publish_timeout_seconds):
+            metadata = await acknowledged
+        await crash_sites.visit(_SITES["send"], "after")
+        return int(metadata.offset)
+
+    async def partitions(self, topic: str) -> int | None:
+        """How many partitions a topic has now; None while it does not exist."""
+        if self._producer is None:
+            raise errors.ProducerClosed
+        await crash_sites.visit(_SITES["partitions"], "before")
+        try:
+            found = await self._producer.partitions_for(topic)
+        except errors.UnknownTopicOrPartitionError:
+            return None
+        await crash_sites.visit(_SITES["partitions"], "after")
+        return len(found) if found else None
+
+    async def discard(self, generation: int) -> None:
+        """Throw the producer of that generation away, without sending what it still holds."""
+        async with self._starting:
+            if self._producer is None or self.generation != generation:
+                return
+            producer, self._producer = self._producer, None
+            await _abort(producer)
+
+    async def stop(self) -> None:
+        """Close; what is in flight may or may not have been published."""
+        async with self._starting:
+            if self._producer is None:
+                return
+            producer, self._producer = self._producer, None
+            await crash_sites.visit(_SITES["stop"], "before")
+            await _abort(producer)
+            await crash_sites.visit(_SITES["stop"], "after")
+
+
+async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:
+    """Close the connections first: a sender that is merely stopped would still deliver, late, what it holds."""
+    with contextlib.suppress(KafkaError, OSError, TimeoutError, RuntimeError, AttributeError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_SECONDS):
+            await producer.client.close()
+    with contextlib.suppress(KafkaError, OSError, TimeoutError, RuntimeError, asyncio.InvalidStateError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_SECONDS):
+            producer._message_accumulator.fail_all(errors.ProducerClosed())  # noqa: SLF001 - no public way to drop batches
+            await producer._sender.close()  # noqa: SLF001 - stop() would flush, against a broker that may be gone
+    producer._closed = True  # noqa: SLF001 - or its finaliser warns
+
+
+class Tail:
+    """Reads topics from an offset to their present end, without a consumer group."""
+
+    def __init__(self, servers: str) -> None:
+        """For `servers`."""
+        self._consumer = aiokafka.AIOKafkaConsumer(
+            bootstrap_servers=servers, enable_auto_commit=False, auto_offset_reset="earliest", fetch_max_wait_ms=50
+        )
+
+    async def __aenter__(self) -> "Tail":
+        """Connect."""
+        async with asyncio.timeout(_START_TIMEOUT_SECONDS):
+            await self._consumer.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Disconnect."""
+        await self._consumer.stop()
+
+    async def ends(self, topic: str, partition_count: int) -> dict[int, tuple[int, int]]:
+        """The first and the next offset of each partition."""
+        partitions = [TopicPartition(topic, number) for number in range(partition_count)]
+        await crash_sites.visit(_SITES["ends"], "before")
+        first = await self._consumer.beginning_offsets(partitions)
+        end = await self._consumer.end_offsets(partitions)
+        await crash_sites.visit(_SITES["ends"], "after")
+        return {p.partition: (first[p], end[p]) for p in partitions}
+
+    async def read(self, topic: str, ranges: Mapping[int, tuple[int, int]]) -> AsyncIterator[ConsumerRecord]:
+        """Every record of the given partitions from the first offset to before the second."""
+        open_ends = {TopicPartition(topic, n): end for n, (start, end) in ranges.items() if start < end}
+        if not open_ends:
+            return
+        self._consumer.assign(list(open_ends))
+        for partition in open_ends:
+            self._consumer.seek(partition, ranges[partition.partition][0])
+        while open_ends:
+            await crash_sites.visit(_SITES["tail"], "before")
+            found = await self._consumer.getmany(*open_ends, timeout_ms=500)
+            await crash_sites.visit(_SITES["tail"], "after")
+            for partition, records in found.items():
+                for record in records:
+                    if record.offset < open_ends[partition]:
+                        yield record
+            # Transaction markers and compaction leave offsets without a record: the position tells, not the last record.
+            for partition in list(open_ends):
+                if await self._consumer.position(partition) >= open_ends[partition]:
+                    del open_ends[partition]
+                    self._consumer.pause(partition)
+
+
+async def max_message_bytes(servers: str, topic: str) -> int | None:
+    """A topic's `max.message.bytes`; None where the broker does not tell."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await crash_sites.visit(_SITES["limit"], "before")
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_SECONDS):
+            await admin.start()
+            answers: list[Any] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    except (KafkaError, OSError, TimeoutError, IndexError, ValueError) as error:
+        log.info("the broker does not tell the record limit of topic %s: %r", topic, error)
+        return None
+    finally:
+        await admin.close()
+    await crash_sites.visit(_SITES["limit"], "after")
+    for answer in answers:
+        for resource in answer.resources:
+            for name, value, *_ in resource[4]:
+                if name == "max.message.bytes" and str(value).isdigit():
+                    return int(value)
+    return None

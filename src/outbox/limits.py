@@ -1,0 +1,37 @@
+"""Every bound of the package in one place. A bound that a user may move is a field of `settings` with this as its default."""
+
+from typing import Final
+
+# One event, checked when it is emitted, in the caller's transaction.
+TOPIC_MAX_CHARACTERS: Final = 249
+KEY_MAX_BYTES: Final = 1_024
+EVENT_TYPE_MAX_BYTES: Final = 255
+HEADERS_MAX_BYTES: Final = 16_384
+RECORD_MAX_BYTES: Final = 1_000_000
+"""Payload, key and headers together, where the topic's own limit is not known; Kafka's default limit is 1,048,588."""
+RECORD_OVERHEAD_BYTES: Final = 512
+"""Our own headers and the framing of a batch of one."""
+
+# One transaction.
+EMIT_MAX_EVENTS: Final = 100_000
+RECEIPT_MAX_KEYS: Final = 100
+
+# The relay.
+WINDOW_MAX_EVENTS: Final = 5_000
+WINDOWS_IN_FLIGHT: Final = 2
+BATCH_MAX_BYTES: Final = 900_000
+WINDOWS_KEPT: Final = 10_000
+BACKLOG_MAX_SECONDS: Final = 60.0
+GUARD_MAX_RECORDS: Final = 10_000_000
+"""Records read by the restore guard before it gives up loudly."""
+
+# Consumers.
+CONSUMER_MAX_RECORDS: Final = 4_000
+PARKED_MAX_EVENTS: Final = 100_000
+"""Parked events of one consumer; one more stops its partition loudly."""
+
+# Waiting.
+STATEMENT_TIMEOUT_SECONDS: Final = 30.0
+PUBLISH_TIMEOUT_SECONDS: Final = 30.0
+DRAIN_TIMEOUT_SECONDS: Final = 10.0
+BACKOFF_MAX_SECONDS: Final = 30.0

@@ -1,0 +1,2 @@
+-- Everything of the log goes, unpublished events included.
+drop schema outbox cascade;

@@ -1,0 +1,158 @@
+"""The one door to PostgreSQL: named statements, crash sites, and who may be called a `Db`.
+
+Statements live in a `.sql` file beside the module that uses them, one `-- name: ...` line in front of each. A statement is
+a constant of the program; values reach it as parameters only. Each is a crash site (see `crash_sites`).
+"""
+
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final, LiteralString, TypeAlias, cast
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+
+from outbox import crash_sites, limits
+
+if TYPE_CHECKING:
+    Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+else:  # asyncpg's classes are generic for type checkers only
+    Pool = asyncpg.Pool
+    Connection = asyncpg.Connection | PoolConnectionProxy
+
+Record: TypeAlias = asyncpg.Record
+PostgresError: TypeAlias = asyncpg.PostgresError
+Snapshot: TypeAlias = tuple[int, int, tuple[int, ...]]
+"""A pg_snapshot: xmin, xmax, and the transactions in progress between them."""
+
+CONNECTION_ERRORS: Final = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, TimeoutError)
+"""What a lost or unusable connection raises; the effect of the statement is unknown."""
+
+FENCED: Final = "OB001"
+RESTORED: Final = "OB002"
+TOO_LARGE: Final = "OB010"
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One named statement; `execute`, `fetch`, `fetchrow` and `fetchval` run it on a connection or a pool."""
+
+    name: str
+    text: LiteralString
+
+    async def execute(self, db: "Connection | Pool", *args: object) -> str:
+        """Run it for its effect; the command tag comes back."""
+        await crash_sites.visit(self.name, "before")
+        status = await db.execute(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        await crash_sites.visit(self.name, "after")
+        return status
+
+    async def fetch(self, db: "Connection | Pool", *args: object) -> list[Record]:
+        """All rows."""
+        await crash_sites.visit(self.name, "before")
+        rows = await db.fetch(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        await crash_sites.visit(self.name, "after")
+        return rows
+
+    async def fetchrow(self, db: "Connection | Pool", *args: object) -> Record | None:
+        """The first row."""
+        await crash_sites.visit(self.name, "before")
+        row = await db.fetchrow(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        await crash_sites.visit(self.name, "after")
+        return row
+
+    async def fetchval(self, db: "Connection | Pool", *args: object) -> Any:
+        """The first column of the first row."""
+        await crash_sites.visit(self.name, "before")
+        value = await db.fetchval(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        await crash_sites.visit(self.name, "after")
+        return value
+
+    async def pages(self, connection: "Connection", size: int, *args: object) -> AsyncIterator[Sequence[Record]]:
+        """Rows through a cursor, `size` at a time; needs an open transaction."""
+        cursor = await connection.cursor(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        while True:
+            await crash_sites.visit(self.name, "before")
+            rows = await cursor.fetch(size, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+            await crash_sites.visit(self.name, "after")
+            if not rows:
+                return
+            yield rows
+
+
+class Statements:
+    """The statements of one module, as attributes: `SQL = Statements("outbox", "transaction.sql")`."""
+
+    def __init__(self, package: str, file: str) -> None:
+        """Read `file` of `package` and register each statement as a crash site `file-stem.name`."""
+        stem = file.removesuffix(".sql").replace("/", ".")
+        text = resources.files(package).joinpath(file).read_text(encoding="utf-8")
+        self._statements = {
+            name: Statement(crash_sites.register(f"{package.split('.')[0]}.{stem}.{name}"), body)
+            for name, body in _parse(text)
+        }
+
+    def __getattr__(self, name: str) -> Statement:
+        """The statement of that name."""
+        try:
+            return self._statements[name]
+        except KeyError:
+            raise AttributeError(f"no statement named {name!r} among {sorted(self._statements)}") from None
+
+    def __iter__(self) -> Iterator[Statement]:
+        """All of them, for tests that prepare or explain each."""
+        return iter(self._statements.values())
+
+
+def _parse(text: str) -> list[tuple[str, LiteralString]]:
+    parts = re.split(r"^-- name: (\w+)\s*$", text, flags=re.MULTILINE)
+    return [(name, cast("LiteralString", body.strip())) for name, body in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+@asynccontextmanager
+async def acquire(db: "Pool | Connection") -> AsyncIterator["Connection"]:
+    """A connection of a pool for the length of the block, or the given connection itself.
+
+    A pooled connection whose block ended by an exception is closed rather than given back: after a cancellation its
+    protocol state cannot be trusted, and a transaction may still be open on it.
+    """
+    if not isinstance(db, asyncpg.Pool):
+        yield db
+        return
+    async with db.acquire() as connection:
+        try:
+            yield connection
+        except BaseException as error:
+            if not _left_clean(error):
+                connection.terminate()
+            raise
+
+
+def _left_clean(error: BaseException) -> bool:
+    """Whether the server itself reported the error, so that the connection is known to be in step."""
+    return isinstance(error, Exception) and not isinstance(error, CONNECTION_ERRORS)
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The SQLSTATE of an error that the server reported."""
+    return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+
+
+def on_savepoints(connection: "Connection", callback: Callable[[str], None]) -> Callable[[], None]:
+    """Call back with each query that begins, ends or rolls back a savepoint, whoever sends it; returns how to stop.
+
+    The callback is scheduled on the event loop in the order of the queries, as are other `call_soon` callbacks.
+    """
+
+    def observe(query: Any) -> None:
+        if query.exception is None and _SAVEPOINT.search(query.query):
+            callback(query.query)
+
+    connection.add_query_logger(observe)
+    return lambda: connection.remove_query_logger(observe)
+
+
+_SAVEPOINT: Final = re.compile(r"\b(savepoint|rollback|release)\b", re.IGNORECASE)

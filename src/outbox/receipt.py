@@ -1,0 +1,67 @@
+"""Receipts: which events a transaction put where in the log, as a token that can travel."""
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Iterable
+from typing import Any, Protocol, Self
+
+from outbox import limits
+from outbox.errors import ReceiptUnavailable
+
+
+class Row(Protocol):
+    """One key of a flush: topic, key, position, log_id, transaction_id."""
+
+    def __getitem__(self, column: str, /) -> Any: ...
+
+
+class Receipt(str):
+    """Where the events of a committed transaction stand in the log; safe to hand to a browser as a token.
+
+    It names, for each key, the log and the position of the transaction's last event. A cache has seen the transaction, as
+    far as one key goes, when the key's row was last written by that position or a later one. Positions are compared within
+    one key only; transaction ids are never compared.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Self | ReceiptUnavailable":
+        """From the rows that the flush returned."""
+        rows = list(rows)
+        if not rows:
+            return ReceiptUnavailable("the transaction emitted nothing: there is nothing to wait for")
+        if len(rows) > limits.RECEIPT_MAX_KEYS:
+            return ReceiptUnavailable(
+                f"the transaction wrote {len(rows)} keys and a receipt names at most {limits.RECEIPT_MAX_KEYS}: "
+                "use smaller transactions where somebody waits for single rows"
+            )
+        positions = {str(_digest(row["topic"], row["key"])): row["position"] for row in rows}
+        body = {"l": rows[0]["log_id"], "t": int(rows[0]["transaction_id"]), "p": positions}
+        raw = json.dumps(body, separators=(",", ":")).encode()
+        return cls(base64.urlsafe_b64encode(raw).rstrip(b"=").decode())
+
+    def _body(self) -> dict[str, Any]:
+        try:
+            body = json.loads(base64.urlsafe_b64decode(self + "=" * (-len(self) % 4)))
+            if not isinstance(body, dict) or not {"l", "t", "p"} <= body.keys():
+                raise ValueError("fields are missing")
+        except (ValueError, binascii.Error) as error:
+            raise ReceiptUnavailable("this is no receipt: pass the value of tx.receipt unchanged") from error
+        return body
+
+    @property
+    def log_id(self) -> str:
+        """The log in which the positions count."""
+        return str(self._body()["l"])
+
+    def position(self, topic: str, key: str) -> int | None:
+        """The position of the transaction's last event for a key; None if it emitted none."""
+        position = self._body()["p"].get(str(_digest(topic, key)))
+        return None if position is None else int(position)
+
+
+def _digest(topic: str, key: str) -> int:
+    return zlib.crc32(key.encode(), zlib.crc32(topic.encode()))

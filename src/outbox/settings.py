@@ -1,0 +1,41 @@
+"""Settings from `SAGABOX_*` environment variables; every field can also be given in code or by a command's flag."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from outbox import limits
+
+Compression = Literal["none", "gzip", "snappy", "lz4", "zstd"]
+
+
+class Settings(BaseSettings):
+    """What an operator may change. Durations are seconds, sizes bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="SAGABOX_", extra="forbid", populate_by_name=True)
+
+    database_url: SecretStr = Field(SecretStr("postgresql://localhost/postgres"), validation_alias="DATABASE_URL")
+    kafka: str = Field("localhost:9092", validation_alias="KAFKA_BOOTSTRAP_SERVERS")
+
+    source: str | None = None
+    """`ce_source` of published events; the database's name where it is not set."""
+    window_max_events: Annotated[PositiveInt, Field(le=50_000)] = limits.WINDOW_MAX_EVENTS
+    windows_in_flight: Annotated[PositiveInt, Field(le=16)] = limits.WINDOWS_IN_FLIGHT
+    batch_max_bytes: Annotated[PositiveInt, Field(ge=65_536)] = limits.BATCH_MAX_BYTES
+    compression: Compression = "lz4"
+    publish_timeout_seconds: PositiveFloat = limits.PUBLISH_TIMEOUT_SECONDS
+    missing_topic_seconds: PositiveFloat = 30.0
+    """How long a topic may be missing before the keys written to it are parked."""
+
+    lease_seconds: Annotated[float, Field(ge=1.0)] = 10.0
+    poll_min_seconds: PositiveFloat = 0.001
+    poll_max_seconds: PositiveFloat = 0.020
+    idle_after_seconds: PositiveFloat = 0.25
+    """Time without an event after which the relay stops polling and waits for a notification."""
+    safety_poll_seconds: PositiveFloat = 5.0
+    """An idle relay looks once in this time anyway: a dead connection delivers no notification."""
+    wakeup: Literal["listen", "poll"] = "listen"
+    """`poll` where the relay has no direct connection, as behind PgBouncer in transaction mode."""
+
+    drain_timeout_seconds: PositiveFloat = limits.DRAIN_TIMEOUT_SECONDS

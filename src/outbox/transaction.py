@@ -1,0 +1,256 @@
+"""The unit of work: business writes and the events that report them, committed together or not at all.
+
+Guarantees, and what a crash does to them:
+
+* Events are buffered and flushed by one INSERT, the last statement before COMMIT (or the last of the block, where the
+  caller owns the transaction). The business row locks are still held then, so for one key the order of positions is the
+  order of the writes, whichever process makes them.
+* An event belongs to the savepoint in which it was emitted. When that savepoint is rolled back, by whomever, its events
+  are dropped: the buffer follows the connection's own SAVEPOINT, RELEASE and ROLLBACK TO statements.
+* A crash before COMMIT leaves neither rows nor events; a crash after it leaves both. There is no state in between.
+* What could never be published is refused here, while the caller can still roll back.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+from uuid import UUID
+
+from outbox import codec, limits, postgres
+from outbox.errors import EmitError, ReceiptUnavailable, RecordTooLarge, TransactionClosed
+from outbox.event import Event, check_headers, key_text, kind_of
+from outbox.postgres import Connection, Pool, Record
+from outbox.receipt import Receipt
+
+SQL: Final = postgres.Statements("outbox", "transaction.sql")
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """One event, validated and encoded."""
+
+    topic: str
+    key: str
+    event_id: UUID
+    event_type: str
+    schema_version: int
+    headers: str | None
+    payload: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """What the record will need in Kafka, our own headers included."""
+        return len(self.payload) + len(self.key) + len(self.headers or "") + limits.RECORD_OVERHEAD_BYTES
+
+
+def describe(event: Event, headers: Mapping[str, str] | None = None) -> Emission:
+    """Validate and encode one event.
+
+    Raises:
+        EmitError: it could never be published; says which field and what to do.
+    """
+    kind = kind_of(type(event))
+    if headers:
+        check_headers(headers)
+    emission = Emission(
+        topic=kind.topic,
+        key=key_text(getattr(event, kind.key_field)),
+        event_id=codec.uuid7(),
+        event_type=kind.type,
+        schema_version=kind.schema_version,
+        headers=json.dumps(dict(headers), ensure_ascii=False) if headers else None,
+        payload=codec.encode(event),
+    )
+    if emission.size_bytes > limits.RECORD_MAX_BYTES:
+        raise RecordTooLarge(
+            "payload",
+            f"{kind.type} needs {emission.size_bytes} bytes as a record",
+            f"stay below {limits.RECORD_MAX_BYTES}: store the bulk elsewhere and send a reference",
+        )
+    return emission
+
+
+@dataclass(slots=True)
+class _Savepoint:
+    name: str
+    events: list[Emission] = field(default_factory=list)
+
+
+class Buffer:
+    """Events by savepoint, as a pure value: what was emitted, minus what was rolled back."""
+
+    def __init__(self) -> None:
+        """An empty buffer outside any savepoint."""
+        self._levels = [_Savepoint("")]
+
+    def add(self, emission: Emission) -> None:
+        """Keep an event at the present level."""
+        self._levels[-1].events.append(emission)
+
+    def observe(self, query: str) -> None:
+        """Follow the savepoint statements of one query, as PostgreSQL does."""
+        for match in _SAVEPOINT.finditer(query):
+            name = (match["quoted"] or match["bare"].lower()).replace('""', '"')
+            if match["verb"].lower() == "savepoint":
+                self._levels.append(_Savepoint(name))
+                continue
+            depth = max((i for i, level in enumerate(self._levels) if level.name == name and i), default=0)
+            if not depth:
+                continue  # of a level opened before this unit of work
+            if match["verb"].lower().startswith("rollback"):
+                del self._levels[depth + 1 :]
+                self._levels[depth].events.clear()
+            else:
+                kept = [emission for level in self._levels[depth:] for emission in level.events]
+                del self._levels[depth:]
+                self._levels[-1].events.extend(kept)
+
+    def drain(self) -> list[Emission]:
+        """All events that still count, in the order emitted; the buffer is empty afterwards."""
+        events = [emission for level in self._levels for emission in level.events]
+        self._levels = [_Savepoint("")]
+        return events
+
+
+_SAVEPOINT: Final = re.compile(
+    r"""(?:^|;)\s*(?P<verb>savepoint|release(?:\s+savepoint)?|rollback\s+(?:work\s+|transaction\s+)?to(?:\s+savepoint)?)
+        \s+(?:"(?P<quoted>(?:[^"]|"")+)"|(?P<bare>[\w$]+))""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+class Transaction:
+    """An open transaction that also emits events; made by `outbox.transaction`."""
+
+    def __init__(self, connection: Connection) -> None:
+        """For `transaction`; services do not construct it."""
+        self._connection = connection
+        self._buffer = Buffer()
+        self._loop = asyncio.get_running_loop()
+        self._emitted = 0
+        self._open = True
+        self._receipt: Receipt | ReceiptUnavailable = ReceiptUnavailable(
+            "the transaction has not committed yet: read tx.receipt after its block"
+        )
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, for anything that asyncpg can do; do not commit or roll back on it."""
+        return self._connection
+
+    def emit(self, *events: Event, headers: Mapping[str, str] | None = None) -> None:
+        """Publish events if and only if this transaction commits. Call it after the write that they report.
+
+        Args:
+            events: instances of concrete `Event` classes.
+            headers: Kafka headers, text to text, for each of them.
+
+        Raises:
+            EmitError: an event could never be published; the transaction is still usable.
+            TransactionClosed: the block has ended.
+        """
+        if not self._open:
+            raise TransactionClosed("this transaction has ended: emit inside its block")
+        emissions = [describe(event, headers) for event in events]
+        self._emitted += len(emissions)
+        if self._emitted > limits.EMIT_MAX_EVENTS:
+            raise EmitError("events", f"are more than {limits.EMIT_MAX_EVENTS} in one transaction", "split the work")
+        for emission in emissions:
+            # Savepoint observations arrive through the event loop's queue; so do emissions, and the order stays true.
+            self._loop.call_soon(self._buffer.add, emission)
+
+    @property
+    def receipt(self) -> Receipt:
+        """Where this transaction's events stand in the log, once it has committed; for `Cache.wait_for`.
+
+        Raises:
+            ReceiptUnavailable: not committed yet, nothing emitted, or more keys than a receipt can name.
+        """
+        if isinstance(self._receipt, ReceiptUnavailable):
+            raise self._receipt
+        return self._receipt
+
+    async def execute(self, query: str, *args: object) -> str:
+        """As asyncpg's."""
+        return await self._connection.execute(query, *args)
+
+    async def fetch(self, query: str, *args: object) -> list[Record]:
+        """As asyncpg's."""
+        return await self._connection.fetch(query, *args)
+
+    async def fetchrow(self, query: str, *args: object) -> Record | None:
+        """As asyncpg's."""
+        return await self._connection.fetchrow(query, *args)
+
+    async def fetchval(self, query: str, *args: object) -> Any:
+        """As asyncpg's."""
+        return await self._connection.fetchval(query, *args)
+
+    async def _flush(self) -> list[Record]:
+        """Insert what is buffered; the last statement of the unit of work."""
+        await asyncio.sleep(0)  # lets queued observations and emissions reach the buffer
+        events = self._buffer.drain()
+        if not events:
+            return []
+        try:
+            return await SQL.flush.fetch(
+                self._connection,
+                [e.topic for e in events],
+                [e.key for e in events],
+                [e.event_id for e in events],
+                [e.event_type for e in events],
+                [e.schema_version for e in events],
+                [e.headers for e in events],
+                [e.payload for e in events],
+            )
+        except postgres.PostgresError as error:
+            if error.sqlstate == postgres.TOO_LARGE:
+                raise RecordTooLarge("payload", str(error), "raise the topic's max.message.bytes or send less") from error
+            raise
+
+    def _settle(self, rows: list[Record]) -> None:
+        self._open = False
+        self._receipt = Receipt.of(rows)
+
+    def _abandon(self) -> None:
+        self._open = False
+        self._receipt = ReceiptUnavailable("the transaction was rolled back: nothing was emitted")
+
+
+Db: TypeAlias = Pool | Connection | Transaction
+
+
+@asynccontextmanager
+async def transaction(db: Db) -> AsyncIterator[Transaction]:
+    """Open a unit of work: on a pool a transaction of its own; on a connection or another unit of work, inside theirs.
+
+    With a pool, or a connection that has no transaction open, the block's end flushes the events and commits. Inside a
+    caller's transaction the block is a savepoint, its end flushes, and the caller commits. Inside another unit of work the
+    block is a savepoint whose events join the outer flush.
+
+    Raises:
+        EmitError: from `emit`, or at the end where only the database knows (the topic's own limit); nothing is committed.
+    """
+    if isinstance(db, Transaction):
+        async with db.connection.transaction():
+            yield db
+        return
+    async with postgres.acquire(db) as connection:
+        unit = Transaction(connection)
+        rows: list[Record] = []
+        try:
+            async with connection.transaction():
+                stop_observing = postgres.on_savepoints(connection, unit._buffer.observe)
+                try:
+                    yield unit
+                    rows = await unit._flush()
+                finally:
+                    stop_observing()
+        except BaseException:
+            unit._abandon()
+            raise
+        unit._settle(rows)

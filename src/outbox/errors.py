@@ -47,6 +47,10 @@ class MigrationChanged(OutboxError):
     """An applied migration differs from the file shipped with this version; install the version that applied it."""
 
 
+class MigrationBusy(OutboxError):
+    """A migration could not get a lock in time and was rolled back; it can be tried again."""
+
+
 class ShardUnavailable(OutboxError):
     """Another relay holds the shard's lease, or took it over; this one stands by."""
 

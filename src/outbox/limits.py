@@ -35,3 +35,10 @@ STATEMENT_TIMEOUT_SECONDS: Final = 30.0
 PUBLISH_TIMEOUT_SECONDS: Final = 30.0
 DRAIN_TIMEOUT_SECONDS: Final = 10.0
 BACKOFF_MAX_SECONDS: Final = 30.0
+
+# Migrating.
+MIGRATION_TURN_SECONDS: Final = 600
+"""How long one migrator waits for another."""
+MIGRATION_LOCK_SECONDS: Final = 10
+"""How long a migration waits for a table, while everybody else waits behind it."""
+MIGRATION_TIMEOUT_SECONDS: Final = 3_600.0

@@ -1,0 +1,329 @@
+"""Migrations: numbered, reversible, each applied in one transaction together with the row that says so.
+
+Files are `NNNN_name.up.sql` and `NNNN_name.down.sql` in the folder `migrations` of a package. `sagabox.migrations` remembers
+what was applied; it lives in a schema of its own, because `down` of `outbox` 1 drops schema `outbox`, and because `saga`
+keeps its migrations there too.
+
+Guarantees, and what a crash does to them:
+
+* A migration and its row commit together. A crash, an error or a lost connection in the middle leaves the database as it
+  was before that migration; earlier ones of the same call stay applied. Calling again goes on from there.
+* Migrators exclude each other by an advisory lock held to the end of each transaction, so it works through a pooler and
+  nothing has to be released after a crash. What is applied is read again *after* that lock: a migrator that waited finds
+  the other's work done and skips it.
+* The checksum of every applied migration is compared first; a file that was changed afterwards stops everything.
+* A migration waits at most `MIGRATION_LOCK_SECONDS` for a table: while it waits, every reader and writer of that table
+  waits behind it. It then fails cleanly and can be tried again.
+* Inside a caller's open transaction all of it is the caller's to commit, the lock included.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import resources
+from typing import TYPE_CHECKING, Final, Literal
+
+from outbox import crash_sites, limits, postgres
+from outbox.errors import MigrationBusy, MigrationChanged, NotMigrated
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from outbox.postgres import Connection, Pool, Record
+
+SQL: Final = postgres.Statements("outbox", "upkeep/migrate.sql")
+APPLY: Final = crash_sites.register("outbox.upkeep.migrate.apply")
+LOCK_NOT_AVAILABLE: Final = "55P03"
+
+State = Literal["applied", "pending", "changed", "unknown"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """One migration as this version ships it."""
+
+    package: str
+    number: int
+    name: str
+    up: str
+    down: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the up file: what was applied is what must not change."""
+        return hashlib.sha256(self.up.encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.number:04d}_{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationStatus:
+    """One migration as this database has it.
+
+    `changed`: applied from another text than this version ships. `unknown`: applied by a newer version.
+    """
+
+    package: str
+    number: int
+    name: str
+    state: State
+    applied_at: datetime | None
+    checksum: str
+
+
+def shipped(package: str = "outbox") -> tuple[Migration, ...]:
+    """The migrations of a package in order."""
+    texts = {
+        entry.name: entry.read_text(encoding="utf-8")
+        for entry in resources.files(package).joinpath("migrations").iterdir()
+        if entry.name.endswith(".sql")
+    }
+    found = sorted(
+        (match for match in map(_FILE.fullmatch, texts) if match), key=lambda match: int(match["number"])
+    )
+    migrations = tuple(
+        Migration(
+            package=package,
+            number=int(match["number"]),
+            name=match["name"],
+            up=texts[match[0]],
+            down=texts[match[0].replace(".up.", ".down.")],
+        )
+        for match in found
+    )
+    assert [m.number for m in migrations] == list(range(1, len(migrations) + 1)), (
+        f"{package} misses a migration"
+    )
+    return migrations
+
+
+_FILE: Final = re.compile(r"(?P<number>\d{4})_(?P<name>[a-z][a-z0-9_]*)\.up\.sql")
+
+
+async def up(
+    db: "Pool | Connection", *, package: str = "outbox", to: int | None = None
+) -> tuple[Migration, ...]:
+    """Apply what is missing, up to number `to` or all of it; returns what this call applied.
+
+    Raises:
+        MigrationChanged: an applied migration differs from the file shipped with this version; nothing was done.
+        MigrationBusy: a lock could not be had in time; what was applied before stays.
+        ValueError: there is no migration `to`.
+    """
+    wanted = [m for m in shipped(package) if m.number <= _bound(package, to, lowest=1)]
+    applied: list[Migration] = []
+    async with postgres.acquire(db) as connection:
+        pending = _pending(package, await _history(connection, package))
+        for migration in (m for m in wanted if m in pending):
+            async with _exclusively(connection, migration):
+                if migration not in _pending(package, await _history(connection, package)):
+                    continue  # another migrator was faster
+                if not await SQL.exists.fetchval(connection):
+                    for bookkeeping in _BOOKKEEPING:
+                        await bookkeeping.execute(connection)
+                for statement in split(migration.up):
+                    await _execute(connection, APPLY, statement)
+                await SQL.record.execute(
+                    connection, package, migration.number, migration.name, migration.checksum
+                )
+            applied.append(migration)
+    return tuple(applied)
+
+
+async def down(db: "Pool | Connection", *, package: str = "outbox", to: int = 0) -> tuple[Migration, ...]:
+    """Take back every migration above number `to`, newest first; data goes with its tables. Returns what was taken back.
+
+    Raises:
+        MigrationChanged: an applied migration is not the one this version ships, so its way back is not known.
+        MigrationBusy: a table is in use; what was taken back before stays so.
+        ValueError: there is no migration `to`.
+    """
+    unwanted = [m for m in shipped(package) if m.number > _bound(package, to, lowest=0)]
+    reverted: list[Migration] = []
+    async with postgres.acquire(db) as connection:
+        present = _applied(package, await _history(connection, package))
+        for migration in (m for m in reversed(unwanted) if m in present):
+            async with _exclusively(connection, migration):
+                if migration not in _applied(package, await _history(connection, package)):
+                    continue
+                for statement in split(migration.down):
+                    await _execute(connection, APPLY, statement)
+                await SQL.forget.execute(connection, package, migration.number)
+                await SQL.tidy.execute(connection)
+            reverted.append(migration)
+    return tuple(reverted)
+
+
+async def status(db: "Pool | Connection", *, package: str = "outbox") -> list[MigrationStatus]:
+    """Every migration that this version ships or this database has, in order."""
+    async with postgres.acquire(db) as connection:
+        history = await _history(connection, package)
+    rows = [_state_of(migration, history.get(migration.number)) for migration in shipped(package)]
+    newest = rows[-1].number if rows else 0
+    return rows + [
+        MigrationStatus(
+            package=package,
+            number=row["number"],
+            name=row["name"],
+            state="unknown",
+            applied_at=row["applied_at"],
+            checksum=row["checksum"],
+        )
+        for row in history.values()
+        if row["number"] > newest
+    ]
+
+
+async def check(db: "Pool | Connection", *, package: str = "outbox") -> None:
+    """What a loop asks before it starts. A database that is newer than this version is accepted: migrations only add.
+
+    Raises:
+        NotMigrated: migrations are missing; names them and the command.
+        MigrationChanged: an applied migration differs from the file shipped with this version.
+    """
+    async with postgres.acquire(db) as connection:
+        pending = _pending(package, await _history(connection, package))
+    if pending:
+        missing = ", ".join(f"{m.number:04d}_{m.name}" for m in pending)
+        raise NotMigrated(f"the database lacks migrations of {package}: {missing}; run: {package} migrate up")
+
+
+def statements(
+    package: str = "outbox", *, first: int = 1, to: int | None = None, reverse: bool = False
+) -> list[str]:
+    """The single SQL statements of migrations `first` to `to`, for other migration tools; run them in one transaction.
+
+    They keep our bookkeeping as well, so that `status` and `check` agree. With `reverse` they are those of the way back,
+    newest migration first.
+    """
+    last = _bound(package, to, lowest=first)
+    chosen = [m for m in shipped(package) if first <= m.number <= last]
+    texts: list[str] = []
+    for migration in reversed(chosen) if reverse else chosen:
+        if migration.number == 1 and not reverse:
+            texts += [statement.text for statement in _BOOKKEEPING]
+        texts += split(migration.down if reverse else migration.up)
+        if reverse:
+            texts += [_fill(SQL.forget.text, package, migration.number), SQL.tidy.text]
+        else:
+            texts.append(
+                _fill(SQL.record.text, package, migration.number, migration.name, migration.checksum)
+            )
+    return texts
+
+
+_BOOKKEEPING: Final = (
+    SQL.create_schema,
+    SQL.create_table,
+    SQL.comment_schema,
+    SQL.comment_table,
+    SQL.comment_checksum,
+    SQL.grant_schema,
+    SQL.grant_table,
+)
+
+
+def split(script: str) -> list[str]:
+    """The single statements of a script; quotes, dollar quotes and comments are respected, leading comments kept."""
+    found = (match[0].strip() for match in _STATEMENT.finditer(script))
+    return [text for text in found if _COMMENT.sub("", text).strip()]
+
+
+_COMMENT: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+_STATEMENT: Final = re.compile(
+    r"""(?: --[^\n]* | /\*.*?\*/ | '(?:[^']|'')*' | "(?:[^"]|"")*" | (?P<dollar>\$\w*\$).*?(?P=dollar) | [^;] )+""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def _fill(text: str, *values: str | int) -> str:
+    """A bookkeeping statement with its parameters as literals, to be printed; the values are file names and digests."""
+    literals = [str(value) if isinstance(value, int) else f"'{value}'" for value in values]
+    assert all(re.fullmatch(r"\d+|'[a-z0-9_.]+'", literal) for literal in literals), literals
+    return re.sub(r"\$(\d)", lambda match: literals[int(match[1]) - 1], text)
+
+
+def _bound(package: str, to: int | None, *, lowest: int) -> int:
+    newest = len(shipped(package))
+    if to is None:
+        return newest
+    if not lowest <= to <= newest:
+        raise ValueError(f"{package} has no migration {to}; choose {lowest} to {newest}")
+    return to
+
+
+async def _history(connection: "Connection", package: str) -> dict[int, "Record"]:
+    if not await SQL.exists.fetchval(connection):
+        return {}
+    return {row["number"]: row for row in await SQL.history.fetch(connection, package)}
+
+
+def _state_of(migration: Migration, row: "Record | None") -> MigrationStatus:
+    state: State = "pending"
+    if row is not None:
+        state = "applied" if row["checksum"] == migration.checksum else "changed"
+    return MigrationStatus(
+        package=migration.package,
+        number=migration.number,
+        name=migration.name,
+        state=state,
+        applied_at=row["applied_at"] if row is not None else None,
+        checksum=migration.checksum,
+    )
+
+
+def _pending(package: str, history: Mapping[int, "Record"]) -> list[Migration]:
+    """What is missing, once all that is there has been found unchanged."""
+    for migration in shipped(package):
+        row = history.get(migration.number)
+        if row is not None and row["checksum"] != migration.checksum:
+            raise MigrationChanged(
+                f"{migration} was applied on {row['applied_at']:%Y-%m-%d} from a file with checksum"
+                f" {row['checksum'][:12]}..., this version ships {migration.checksum[:12]}...;"
+                " install the version that applied it, or restore the file"
+            )
+    return [m for m in shipped(package) if m.number not in history]
+
+
+def _applied(package: str, history: Mapping[int, "Record"]) -> list[Migration]:
+    """What is there, once all of it is known to this version."""
+    newest = len(shipped(package))
+    if newer := [number for number in history if number > newest]:
+        raise MigrationChanged(
+            f"{package} {max(newer):04d}_{history[max(newer)]['name']} was applied by a newer version;"
+            " only that version knows the way back: install it to migrate down"
+        )
+    pending = _pending(package, history)
+    return [m for m in shipped(package) if m not in pending]
+
+
+@asynccontextmanager
+async def _exclusively(connection: "Connection", migration: Migration) -> "AsyncIterator[None]":
+    """One transaction under the migrators' lock; the caller's settings are as before after it."""
+    try:
+        async with connection.transaction(isolation="read_committed"):
+            before = await SQL.session.fetchrow(connection)
+            assert before is not None
+            await SQL.configure.execute(connection, f"{limits.MIGRATION_TURN_SECONDS}s", "0", "")
+            await _execute(connection, SQL.lock.name, SQL.lock.text)
+            await SQL.configure.execute(connection, f"{limits.MIGRATION_LOCK_SECONDS}s", "0", "")
+            yield
+            await SQL.configure.execute(connection, *before.values())
+    except postgres.PostgresError as error:
+        if postgres.sqlstate(error) != LOCK_NOT_AVAILABLE:
+            raise
+        raise MigrationBusy(
+            f"{migration} waited too long for a lock and was rolled back; another migrator is at work, or a transaction"
+            " holds one of our tables (see pg_stat_activity): end it, stop the services for `down`, and try again"
+        ) from error
+
+
+async def _execute(connection: "Connection", site: str, text: str) -> None:
+    """A statement that may rightly take longer than any other of this package."""
+    await crash_sites.visit(site, "before")
+    await connection.execute(text, timeout=limits.MIGRATION_TIMEOUT_SECONDS)
+    await crash_sites.visit(site, "after")

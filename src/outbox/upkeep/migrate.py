@@ -1,33 +1,32 @@
 """Migrations: numbered, reversible, each applied in one transaction together with the row that says so.
 
-Files are `NNNN_name.up.sql` and `NNNN_name.down.sql` in the folder `migrations` of a package. `sagabox.migrations` remembers
-what was applied; it lives in a schema of its own, because `down` of `outbox` 1 drops schema `outbox`, and because `saga`
-keeps its migrations there too.
+Files are `NNNN_name.up.sql` and `NNNN_name.down.sql` in the folder `migrations` of a package.
+`sagabox.migrations` remembers what was applied. It lives in a schema of its own, because `down` of `outbox` 1
+drops schema `outbox`, and because `saga` keeps its migrations there too.
 
 Guarantees, and what a crash does to them:
 
-* A migration and its row commit together. A crash, an error or a lost connection in the middle leaves the database as it
-  was before that migration; earlier ones of the same call stay applied. Calling again goes on from there.
-* Migrators exclude each other by an advisory lock held to the end of each transaction, so it works through a pooler and
-  nothing has to be released after a crash. What is applied is read again *after* that lock: a migrator that waited finds
-  the other's work done and skips it.
-* The checksum of every applied migration is compared first; a file that was changed afterwards stops everything.
-* A migration waits at most `MIGRATION_LOCK_SECONDS` for a table: while it waits, every reader and writer of that table
-  waits behind it. It then fails cleanly and can be tried again.
+* A migration and its row commit together. A crash, an error or a lost connection in the middle leaves the
+  database as it was before that migration; earlier ones of the call stay. Call again to go on from there.
+* Migrators exclude each other by an advisory lock held to the end of each transaction, so it works through a
+  pooler, and nothing has to be released after a crash. What is applied is read again *after* that lock: a
+  migrator that waited finds the other's work done and skips it.
+* The checksum of every applied migration is compared first; a file changed afterwards stops everything.
+* A migration waits at most `MIGRATION_LOCK_SECONDS` for a table, because every reader and writer of it waits
+  behind. It then fails cleanly and can be tried again.
 * Inside a caller's open transaction all of it is the caller's to commit, the lock included.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import resources
 from typing import TYPE_CHECKING, Final, Literal
 
 from outbox import crash_sites, limits, postgres
 from outbox.errors import MigrationBusy, MigrationChanged, NotMigrated
+from outbox.upkeep.scripts import Migration, shipped, split
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,25 +38,6 @@ APPLY: Final = crash_sites.register("outbox.upkeep.migrate.apply")
 LOCK_NOT_AVAILABLE: Final = "55P03"
 
 State = Literal["applied", "pending", "changed", "unknown"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Migration:
-    """One migration as this version ships it."""
-
-    package: str
-    number: int
-    name: str
-    up: str
-    down: str
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 of the up file: what was applied is what must not change."""
-        return hashlib.sha256(self.up.encode()).hexdigest()
-
-    def __str__(self) -> str:
-        return f"{self.package} {self.number:04d}_{self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,42 +55,13 @@ class MigrationStatus:
     checksum: str
 
 
-def shipped(package: str = "outbox") -> tuple[Migration, ...]:
-    """The migrations of a package in order."""
-    texts = {
-        entry.name: entry.read_text(encoding="utf-8")
-        for entry in resources.files(package).joinpath("migrations").iterdir()
-        if entry.name.endswith(".sql")
-    }
-    found = sorted(
-        (match for match in map(_FILE.fullmatch, texts) if match), key=lambda match: int(match["number"])
-    )
-    migrations = tuple(
-        Migration(
-            package=package,
-            number=int(match["number"]),
-            name=match["name"],
-            up=texts[match[0]],
-            down=texts[match[0].replace(".up.", ".down.")],
-        )
-        for match in found
-    )
-    assert [m.number for m in migrations] == list(range(1, len(migrations) + 1)), (
-        f"{package} misses a migration"
-    )
-    return migrations
-
-
-_FILE: Final = re.compile(r"(?P<number>\d{4})_(?P<name>[a-z][a-z0-9_]*)\.up\.sql")
-
-
 async def up(
     db: "Pool | Connection", *, package: str = "outbox", to: int | None = None
 ) -> tuple[Migration, ...]:
     """Apply what is missing, up to number `to` or all of it; returns what this call applied.
 
     Raises:
-        MigrationChanged: an applied migration differs from the file shipped with this version; nothing was done.
+        MigrationChanged: an applied migration differs from the file shipped here; nothing was done.
         MigrationBusy: a lock could not be had in time; what was applied before stays.
         ValueError: there is no migration `to`.
     """
@@ -135,10 +86,12 @@ async def up(
 
 
 async def down(db: "Pool | Connection", *, package: str = "outbox", to: int = 0) -> tuple[Migration, ...]:
-    """Take back every migration above number `to`, newest first; data goes with its tables. Returns what was taken back.
+    """Take back every migration above number `to`, newest first; data goes with its tables.
+
+    Returns what this call took back.
 
     Raises:
-        MigrationChanged: an applied migration is not the one this version ships, so its way back is not known.
+        MigrationChanged: an applied migration is not the one shipped here, so its way back is not known.
         MigrationBusy: a table is in use; what was taken back before stays so.
         ValueError: there is no migration `to`.
     """
@@ -179,7 +132,7 @@ async def status(db: "Pool | Connection", *, package: str = "outbox") -> list[Mi
 
 
 async def check(db: "Pool | Connection", *, package: str = "outbox") -> None:
-    """What a loop asks before it starts. A database that is newer than this version is accepted: migrations only add.
+    """What a loop asks before it starts; a newer database is accepted, because migrations only add.
 
     Raises:
         NotMigrated: migrations are missing; names them and the command.
@@ -195,10 +148,10 @@ async def check(db: "Pool | Connection", *, package: str = "outbox") -> None:
 def statements(
     package: str = "outbox", *, first: int = 1, to: int | None = None, reverse: bool = False
 ) -> list[str]:
-    """The single SQL statements of migrations `first` to `to`, for other migration tools; run them in one transaction.
+    """The single SQL statements of migrations `first` to `to`, for other migration tools.
 
-    They keep our bookkeeping as well, so that `status` and `check` agree. With `reverse` they are those of the way back,
-    newest migration first.
+    Run them in one transaction. They keep our bookkeeping as well, so that `status` and `check` agree. With
+    `reverse` they are those of the way back, newest migration first.
     """
     last = _bound(package, to, lowest=first)
     chosen = [m for m in shipped(package) if first <= m.number <= last]
@@ -227,21 +180,8 @@ _BOOKKEEPING: Final = (
 )
 
 
-def split(script: str) -> list[str]:
-    """The single statements of a script; quotes, dollar quotes and comments are respected, leading comments kept."""
-    found = (match[0].strip() for match in _STATEMENT.finditer(script))
-    return [text for text in found if _COMMENT.sub("", text).strip()]
-
-
-_COMMENT: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
-_STATEMENT: Final = re.compile(
-    r"""(?: --[^\n]* | /\*.*?\*/ | '(?:[^']|'')*' | "(?:[^"]|"")*" | (?P<dollar>\$\w*\$).*?(?P=dollar) | [^;] )+""",
-    re.DOTALL | re.VERBOSE,
-)
-
-
 def _fill(text: str, *values: str | int) -> str:
-    """A bookkeeping statement with its parameters as literals, to be printed; the values are file names and digests."""
+    """A bookkeeping statement with its parameters as literals, to be printed: file names and digests."""
     literals = [str(value) if isinstance(value, int) else f"'{value}'" for value in values]
     assert all(re.fullmatch(r"\d+|'[a-z0-9_.]+'", literal) for literal in literals), literals
     return re.sub(r"\$(\d)", lambda match: literals[int(match[1]) - 1], text)
@@ -317,8 +257,9 @@ async def _exclusively(connection: "Connection", migration: Migration) -> "Async
         if postgres.sqlstate(error) != LOCK_NOT_AVAILABLE:
             raise
         raise MigrationBusy(
-            f"{migration} waited too long for a lock and was rolled back; another migrator is at work, or a transaction"
-            " holds one of our tables (see pg_stat_activity): end it, stop the services for `down`, and try again"
+            f"{migration} waited too long for a lock and was rolled back: another migrator is at work, or a"
+            " transaction holds one of our tables; see pg_stat_activity, stop the services for `down`, and"
+            " try again"
         ) from error
 
 

@@ -4,6 +4,7 @@ from outbox.errors import EmitError, OutboxError, RecordTooLarge, RestoreDetecte
 from outbox.event import Event, Key
 from outbox.postgres import Connection, Pool
 from outbox.receipt import Receipt
+from outbox.relay import Relay
 from outbox.transaction import Db, Transaction, transaction
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Pool",
     "Receipt",
     "RecordTooLarge",
+    "Relay",
     "RestoreDetected",
     "Transaction",
     "transaction",

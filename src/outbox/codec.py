@@ -19,7 +19,9 @@ def encode(model: BaseModel, field: str = "payload") -> bytes:
     try:
         body = model.__pydantic_serializer__.to_json(model, by_alias=True)
     except ValueError as error:
-        raise EmitError(field, f"cannot be written as JSON ({error})", "use types that JSON has, or a serializer") from error
+        raise EmitError(
+            field, f"cannot be written as JSON ({error})", "use types that JSON has, or a serializer"
+        ) from error
     # The searches are cheap and may hit innocent text; only then is the document read with care.
     if b"NaN" in body or b"Infinity" in body or b"\\u0000" in body:
         _refuse_unstorable(body, field)

@@ -59,8 +59,8 @@ class RestoreDetected(OutboxError):
     """The database was restored, promoted or copied; nothing is published until `outbox adopt` says that this is wanted."""
 
 
-class PublishFailed(OutboxError):
-    """Kafka did not take a batch and will not; the relay starts again from its log."""
+class TopicMissing(OutboxError):
+    """Events wait for a topic that Kafka does not have; their keys are parked."""
 
 
 # ------------------------------------------------------------------------------------------------ caches

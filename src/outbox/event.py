@@ -120,7 +120,9 @@ def key_text(value: object) -> str:
         remedy = "use a UUID, str or int"
         raise EmitError("key", f"has the type {type(value).__name__}", remedy)
     # An enum's str() is its name; the key is its value.
-    text = str.__str__(value) if isinstance(value, str) else int.__repr__(value) if isinstance(value, int) else str(value)
+    text = (
+        str.__str__(value) if isinstance(value, str) else int.__repr__(value) if isinstance(value, int) else str(value)
+    )
     if not 1 <= len(text.encode("utf-8", "surrogatepass")) <= limits.KEY_MAX_BYTES:
         raise EmitError("key", "is empty or too long", f"use 1 to {limits.KEY_MAX_BYTES} bytes")
     _check_text("key", text)

@@ -25,6 +25,7 @@ from outbox.wire import Header
 log = logging.getLogger(__name__)
 
 KafkaError = errors.KafkaError
+UnknownTopicOrPartitionError = errors.UnknownTopicOrPartitionError
 TopicPartition = aiokafka.TopicPartition
 ConsumerRecord: TypeAlias = aiokafka.ConsumerRecord
 
@@ -38,7 +39,8 @@ UNPUBLISHABLE: Final = (
 """Refused because of what a batch contains; sending it again would be refused again."""
 
 _SITES: Final = {
-    name: crash_sites.register(f"kafka.{name}") for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit")
+    name: crash_sites.register(f"kafka.{name}")
+    for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit")
 }
 _START_TIMEOUT_SECONDS: Final = 20.0
 _ABORT_TIMEOUT_SECONDS: Final = 2.0
@@ -71,12 +73,9 @@ class Producer:
         self._settings = settings
         self._idempotent: bool | None = None
         self._producer: aiokafka.AIOKafkaProducer | None = None
+        self.generation = 0
+        """Counts producers, so that only its own failure throws one away."""
         self._starting = asyncio.Lock()
-
-    @property
-    def generation(self) -> int:
-        """Identifies the present producer, so that only its own failure throws it away."""
-        return id(self._producer)
 
     async def start(self) -> None:
         """Connect, unless connected; finds out once whether the broker supports idempotence.
@@ -94,13 +93,18 @@ class Producer:
                     self._idempotent = True
                 except errors.KafkaConnectionError:
                     raise
-                except (errors.UnsupportedVersionError, errors.UnknownError, errors.IncompatibleBrokerVersion) as error:
+                except (
+                    errors.UnsupportedVersionError,
+                    errors.UnknownError,
+                    errors.IncompatibleBrokerVersion,
+                ) as error:
                     if self._idempotent:
                         raise
                     log.warning("the broker refuses idempotent producers (%r): going on without", error)
                     self._idempotent = False
             if self._producer is None:
                 self._producer = await self._connect(idempotent=False)
+            self.generation += 1
             await crash_sites.visit(_SITES["start"], "after")
 
     async def _connect(self, *, idempotent: bool) -> aiokafka.AIOKafkaProducer:
@@ -140,7 +144,10 @@ class Producer:
         if producer is None:
             raise errors.ProducerClosed
         await crash_sites.visit(_SITES["send"], "before")
-        acknowledged = await producer.send_batch(batch, topic, partition=partition)
+        try:
+            acknowledged = await producer.send_batch(batch, topic, partition=partition)
+        except AssertionError as error:  # how aiokafka says that the topic has fewer partitions than were pinned
+            raise UnknownTopicOrPartitionError(f"{topic}/{partition}") from error
         async with asyncio.timeout(self._settings.publish_timeout_seconds):
             metadata = await acknowledged
         await crash_sites.visit(_SITES["send"], "after")
@@ -195,7 +202,10 @@ class Tail:
     def __init__(self, servers: str) -> None:
         """For `servers`."""
         self._consumer = aiokafka.AIOKafkaConsumer(
-            bootstrap_servers=servers, enable_auto_commit=False, auto_offset_reset="earliest", fetch_max_wait_ms=50
+            bootstrap_servers=servers,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=50,
         )
 
     async def __aenter__(self) -> "Tail":

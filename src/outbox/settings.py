@@ -15,8 +15,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SAGABOX_", extra="forbid", populate_by_name=True)
 
-    database_url: SecretStr = Field(SecretStr("postgresql://localhost/postgres"), validation_alias="DATABASE_URL")
-    kafka: str = Field("localhost:9092", validation_alias="KAFKA_BOOTSTRAP_SERVERS")
+    database_url: SecretStr = Field(
+        default=SecretStr("postgresql://localhost/postgres"), validation_alias="DATABASE_URL"
+    )
+    kafka: str = Field(default="localhost:9092", validation_alias="KAFKA_BOOTSTRAP_SERVERS")
 
     source: str | None = None
     """`ce_source` of published events; the database's name where it is not set."""
@@ -28,10 +30,10 @@ class Settings(BaseSettings):
     missing_topic_seconds: PositiveFloat = 30.0
     """How long a topic may be missing before the keys written to it are parked."""
 
-    lease_seconds: Annotated[float, Field(ge=1.0)] = 10.0
+    lease_seconds: Annotated[float, Field(ge=1.0)] = 4.0
     poll_min_seconds: PositiveFloat = 0.001
-    poll_max_seconds: PositiveFloat = 0.020
-    idle_after_seconds: PositiveFloat = 0.25
+    poll_max_seconds: PositiveFloat = 0.010
+    idle_after_seconds: PositiveFloat = 0.1
     """Time without an event after which the relay stops polling and waits for a notification."""
     safety_poll_seconds: PositiveFloat = 5.0
     """An idle relay looks once in this time anyway: a dead connection delivers no notification."""

@@ -209,7 +209,9 @@ class Transaction:
             )
         except postgres.PostgresError as error:
             if error.sqlstate == postgres.TOO_LARGE:
-                raise RecordTooLarge("payload", str(error), "raise the topic's max.message.bytes or send less") from error
+                raise RecordTooLarge(
+                    "payload", str(error), "raise the topic's max.message.bytes or send less"
+                ) from error
             raise
 
     def _settle(self, rows: list[Record]) -> None:

@@ -1,0 +1,94 @@
+"""The relay: publishes committed events to Kafka, in order, without loss.
+
+    take the lease -> restore guard -> replay -> read a window -> log it -> publish it -> done
+         ^                                            ^                              |
+         |  any error, a lost connection, SIGTERM     +------------------------------+
+         +------------------------------------------------------------------------- ...
+
+Guarantees:
+
+* Every committed event reaches Kafka: a window is what became visible between two snapshots, and the next one starts where
+  the last logged one ended (`window`).
+* Per key, first occurrences arrive in causal order: rows are ordered by position, a partition has one unacknowledged batch,
+  and nothing follows a failed one (`publish`).
+* Duplicates come only from a failure, at most `windows_in_flight` x `window_max_events` a failure and shard, and they carry
+  the positions of the first delivery.
+* A zombie cannot log what its successor has not (`lease`), and a restored database publishes nothing until somebody says
+  so (`restore`).
+* A key that cannot be published is parked; the others go on (`publish`, `parking`).
+"""
+
+import asyncio
+import logging
+from uuid import uuid4
+
+from outbox import kafka, postgres, retry
+from outbox.errors import RestoreDetected, ShardUnavailable
+from outbox.loop import Loop
+from outbox.postgres import Pool
+from outbox.relay.lease import shards
+from outbox.relay.shard import Shard
+from outbox.settings import Settings
+from outbox.upkeep import migrate
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Relay"]
+
+
+class Relay(Loop):
+    """Relays every shard that it can lease; further relays stand by and take over.
+
+        async with asyncpg.create_pool(dsn) as pool, Relay(pool, "kafka:9092") as relay:
+            await relay.run()
+
+    Needs up to four connections of the pool a shard, one of them held.
+    """
+
+    def __init__(self, db: Pool, kafka: str, *, settings: Settings | None = None) -> None:
+        """A relay for the log in `db`, to the Kafka brokers named in `kafka`.
+
+        Args:
+            db: a pool on the service's database; direct, not through a transaction pooler, or see `Settings.wakeup`.
+            kafka: bootstrap servers.
+            settings: from the environment (`SAGABOX_*`) where not given.
+        """
+        self._settings = settings or Settings()
+        super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds)
+        self._pool = db
+        self._servers = kafka
+        self._owner = uuid4()
+
+    async def _main(self) -> None:
+        """Serve all shards until told to stop.
+
+        Raises:
+            NotMigrated: the database lacks the log.
+            RestoreDetected: a shard's guard refused; an operator has to decide.
+        """
+        await migrate.check(self._pool)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in await shards(self._pool):
+                    group.create_task(self._keep_serving(number), name=f"relay of shard {number}")
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+    async def _keep_serving(self, number: int) -> None:
+        shard = Shard(number, self._pool, self._servers, self._settings, self._owner, self._stopping)
+        pauses = retry.backoff(maximum=self._settings.lease_seconds)
+        while not self._stopping.is_set():
+            try:
+                if await shard.tenure():
+                    return
+                await retry.pause(self._settings.lease_seconds / 8, self._stopping)  # standing by
+                pauses = retry.backoff(maximum=self._settings.lease_seconds)
+            except RestoreDetected:
+                raise
+            except ShardUnavailable as error:
+                log.warning("%s", error)
+            except (kafka.KafkaError, postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
+                if postgres.sqlstate(error) == postgres.RESTORED:
+                    raise RestoreDetected(str(error)) from error
+                log.warning("shard %s: %r; starting again from the log", number, error)
+                await retry.pause(next(pauses), self._stopping)

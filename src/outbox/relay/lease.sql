@@ -1,0 +1,22 @@
+-- One row a shard, primary key look-ups. The database's clock decides who may hold a lease.
+
+-- name: shards
+-- The shards of the current log. Rows: shard_count.
+select s.shard from outbox.shards s, outbox.logs l where l.is_current and s.shard < l.shard_count order by s.shard
+
+-- name: take
+-- Locks the row; nothing comes back while somebody else's lease runs. Rows: 1.
+update outbox.shards
+   set lease_owner = $2, lease_epoch = lease_epoch + 1, lease_until = clock_timestamp() + make_interval(secs => $3)
+ where shard = $1 and (lease_until is null or lease_until < clock_timestamp())
+returning lease_epoch
+
+-- name: renew
+-- Nothing comes back when a successor has raised the epoch. Rows: 1.
+update outbox.shards set lease_until = clock_timestamp() + make_interval(secs => $3)
+ where shard = $1 and lease_epoch = $2
+returning lease_epoch
+
+-- name: release
+-- Hands the shard over at once. Rows: 1.
+update outbox.shards set lease_owner = null, lease_until = null where shard = $1 and lease_epoch = $2

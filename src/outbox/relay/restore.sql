@@ -1,0 +1,66 @@
+-- name: standby
+select pg_is_in_recovery()
+
+-- name: identity
+-- The log as it was opened, and where this database lives now. Rows: 1.
+select l.log_id, l.system_identifier = i.system_identifier as same_system, l.database_oid = i.database_oid as same_database,
+       l.timeline = i.timeline as same_timeline
+  from outbox.logs l cross join outbox.identity() i where l.is_current
+
+-- name: last_windows
+-- The newest window of each shard and log; Kafka must not be ahead of it. Rows: shards x logs.
+select w.log_id, w.shard, max(w.window_no) as window_no from outbox.windows w group by 1, 2
+
+-- name: next_offsets
+select shard, next_offsets from outbox.shards order by shard
+
+-- name: block_emits
+-- Waits for writers that have emitted and not committed; later ones wait for the adoption.
+lock table outbox.events, outbox.windows, outbox.shards in share row exclusive mode
+
+-- name: leave_out
+-- Events that Kafka has although no logged window names them: 3 is the oldest transaction, visible to every snapshot.
+-- Rows: $1.
+update outbox.events e set transaction_id = '3'
+ where e.event_id = any ($1::uuid[])
+returning e.event_id
+
+-- name: restamp
+-- Rows not yet logged get this transaction's id: after dump and restore their own may lie below s1. Reads every retained
+-- row once; this is an operator's act.
+with cursors as (
+    select s.shard, coalesce(c.s1, s.start_snapshot) as s1, coalesce(c.s2, s.start_snapshot) as s2, c.through_position
+      from outbox.shards s
+      left join lateral (select w.s1, w.s2, w.through_position from outbox.windows w
+                          where w.shard = s.shard and w.kind = 'log' order by w.window_no desc limit 1) c on true
+)
+update outbox.events e set transaction_id = pg_current_xact_id()
+  from cursors c
+ where e.shard = c.shard and e.transaction_id <> '3'
+   and (not pg_visible_in_snapshot(e.transaction_id, c.s2)
+        or (c.through_position is not null and e.position > c.through_position
+            and not pg_visible_in_snapshot(e.transaction_id, c.s1)))
+
+-- name: open_log
+-- The new log, and s1 = this transaction's snapshot with itself counted as in progress. Rows: 1.
+with retired as (
+    update outbox.logs set is_current = false where is_current returning shard_count, ordinal
+), moved as (
+    select setval('outbox.events_position_seq', greatest((select last_value from outbox.events_position_seq), $1::bigint)) as at
+)
+select outbox.open_log(r.shard_count, greatest(r.ordinal + 1, (extract(epoch from clock_timestamp()) * 1000)::bigint)) as log_id,
+       m.at
+  from retired r cross join moved m
+
+-- name: restart_shards
+-- Rows: shards. Leases end, because whoever holds one works for the retired log.
+update outbox.shards s
+   set lease_owner = null, lease_until = null, lease_epoch = s.lease_epoch + 1,
+       start_snapshot = (
+           select format('%s:%s:%s', least(pg_snapshot_xmin(n.snapshot), pg_current_xact_id()),
+                         greatest(pg_snapshot_xmax(n.snapshot), pg_current_xact_id()),
+                         (select string_agg(x::text, ',' order by x)
+                            from (select pg_snapshot_xip(n.snapshot) as x
+                                  union select pg_current_xact_id() where pg_current_xact_id() < pg_snapshot_xmax(n.snapshot)) p)
+                        )::pg_snapshot
+             from (select pg_current_snapshot() as snapshot) n)

@@ -1,0 +1,244 @@
+"""One shard, from taking its lease to losing it.
+
+A *tenure* is: take the lease, run the restore guard, replay what was logged and not done, then read, log, publish. Any
+error ends the tenure, and the next one starts from the database's state; nothing is carried over in memory. What a crash
+does at each step:
+
+* before the window is logged: nothing was published; the rows are read again, perhaps in a larger window;
+* after it is logged, before or while it is published: the same window is replayed, at most `windows_in_flight` of them;
+* after it is published, before `done_through` says so: the same.
+
+`done_through` and the next offsets travel in the transaction that logs a later window, or alone after a second.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+from outbox import clock, errors, kafka, postgres
+from outbox.postgres import Connection, Pool, Record
+from outbox.relay import restore, window
+from outbox.relay.lease import Lease
+from outbox.relay.publish import Publisher
+from outbox.relay.topics import Topics
+from outbox.relay.wakeup import Wakeup
+from outbox.relay.window import Span, Window
+from outbox.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_PERSIST_AFTER_SECONDS: Final = 1.0
+_MISSING_TOPIC_PAUSE_SECONDS: Final = 0.5
+
+
+class Shard:
+    """The relay's work on one shard."""
+
+    def __init__(
+        self, number: int, pool: Pool, servers: str, settings: Settings, owner: UUID, stopping: asyncio.Event
+    ) -> None:
+        """For shard `number`, as relay `owner`, until `stopping` is set."""
+        self.number = number
+        self._pool = pool
+        self._servers = servers
+        self._settings = settings
+        self._owner = owner
+        self._stopping = stopping
+
+    async def tenure(self) -> bool:
+        """Serve the shard once; False at once when somebody else holds it, True after SIGTERM.
+
+        Raises:
+            ShardUnavailable: the lease was lost.
+            RestoreDetected: the guard refuses.
+            PostgresError, KafkaError, OSError, TimeoutError: a server failed; the next tenure starts from its state.
+        """
+        async with postgres.acquire(self._pool) as connection:
+            lease = await Lease.take(connection, self.number, self._owner, self._settings.lease_seconds)
+            if lease is None:
+                return False
+            log.info("shard %s: lease taken, epoch %s", self.number, lease.epoch)
+            keeping = asyncio.create_task(lease.keep(self._pool), name=f"lease of shard {self.number}")
+            serving = asyncio.create_task(self._serve(connection, lease), name=f"shard {self.number}")
+            try:
+                await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (keeping, serving):
+                    task.cancel()
+                ended = await asyncio.gather(keeping, serving, return_exceptions=True)
+            for outcome in (ended[1], ended[0]):
+                if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+                    raise outcome
+            await lease.release(connection)
+        return True
+
+    async def _serve(self, connection: Connection, lease: Lease) -> None:
+        await window.SQL.prepare_session.execute(connection)
+        producer = kafka.Producer(self._servers, self._settings)
+        try:
+            await _Tenure(self, connection, lease, producer).serve()
+        finally:
+            await producer.stop()
+
+
+class _Tenure:
+    """State that lives as long as one lease."""
+
+    def __init__(self, shard: Shard, connection: Connection, lease: Lease, producer: kafka.Producer) -> None:
+        self._shard = shard
+        self._settings = shard._settings
+        self._pool = shard._pool
+        self._connection = connection
+        self._lease = lease
+        self._producer = producer
+        self._topics = Topics(self._pool, shard._servers, producer)
+        self._wakeup = Wakeup(connection, lease.shard, self._settings)
+        self._persisted_through = 0
+        self._persist_at: float | None = None
+
+    async def serve(self) -> None:
+        """Guard, replay, then go on until the relay stops."""
+        await self._wakeup.listen()
+        await self._topics.load()
+        resume = await window.load(self._connection, self._lease.shard)
+        ends = await restore.guard(self._connection, self._shard._servers, self._topics.counts, resume.next_offsets)
+        source = self._settings.source or resume.source
+        self._publisher = Publisher(
+            self._producer, self._lease, source, self._park, self._settings.missing_topic_seconds
+        )
+        self._publisher.begin(resume.done_through)
+        self._publisher.give_back(ends)
+        self._persisted_through, self._number = resume.done_through, resume.last_window
+        self._log_id, self._cursor = resume.log_id, resume.cursor
+        waker = asyncio.create_task(self._wake_when_stopping())
+        try:
+            await self._replay()
+            if resume.rest is not None:
+                await self._page(resume.rest)
+            while not self._shard._stopping.is_set():
+                await self._step()
+            await self._publisher.room(1)
+            await self._persist()
+        finally:
+            waker.cancel()
+            await self._publisher.stop()
+            await self._wakeup.close()
+
+    async def _wake_when_stopping(self) -> None:
+        await self._shard._stopping.wait()
+        self._wakeup.wake()
+
+    async def _replay(self) -> None:
+        async for unfinished in window.unfinished(self._connection, self._lease.shard, self._persisted_through):
+            log.info("shard %s: replaying window %s", self._lease.shard, unfinished.number)
+            await self._submit(unfinished)
+
+    async def _step(self) -> None:
+        """Read once; log and publish what there is, or wait."""
+        await self._publisher.room(self._settings.windows_in_flight)
+        found = await window.read(self._connection, self._lease.shard, self._cursor, self._settings.window_max_events)
+        if found is None:
+            await self._persist_if_due()
+            await self._wakeup.found_nothing(self._until_persist())
+            return
+        await self._wakeup.found()
+        span, rows = found
+        if len(rows) > self._settings.window_max_events:
+            await self._page(None)
+        else:
+            await self._log(span, rows)
+
+    async def _page(self, rest: Span | None) -> None:
+        """Backlog mode: one snapshot, a window a page."""
+        async with window.backlog(self._pool, self._lease.shard, self._cursor, rest) as backlog:
+            async for span, rows in backlog.pages(self._settings.window_max_events):
+                await self._publisher.room(self._settings.windows_in_flight)
+                await self._log(span, rows)
+                if self._shard._stopping.is_set():
+                    return
+
+    async def _log(self, span: Span, rows: Sequence[Record]) -> None:
+        self._lease.check()
+        await self._pin({row["topic"] for row in rows})
+        offsets = self._publisher.take_offsets()
+        done_through = self._publisher.done_through
+        try:
+            diverted = await window.log(self._connection, self._lease, self._number + 1, span, done_through, offsets)
+        except BaseException:
+            self._publisher.give_back(offsets)
+            raise
+        self._number += 1
+        self._persisted(done_through)
+        if span.through is None:
+            self._cursor = span.s2
+        entries = list(enumerate(rows, 1))
+        if diverted:
+            entries = [entry for entry in entries if entry[1]["position"] not in diverted]
+        await self._submit(Window(self._number, self._log_id, entries))
+
+    async def _submit(self, logged: Window) -> None:
+        """Publish a logged window; keys of topics that stay missing are parked first."""
+        missing = {row["topic"] for _, row in logged.entries} - self._topics.counts.keys()
+        entries = logged.entries
+        if missing:
+            await self._pin(missing)
+            missing -= self._topics.counts.keys()
+            parked = set()
+            for ordinal, row in entries:
+                place = row["topic"], row["key"]
+                if row["topic"] in missing and place not in parked:
+                    parked.add(place)
+                    await self._publisher.park(logged.number, ordinal, row, _missing(row["topic"]))
+            entries = [(ordinal, row) for ordinal, row in entries if row["topic"] not in missing]
+        self._publisher.submit(Window(logged.number, logged.log_id, entries), self._topics.counts)
+
+    async def _pin(self, names: set[str]) -> None:
+        """Wait for topics that Kafka does not have yet, up to the bound."""
+        for topic in names - self._topics.counts.keys():
+            await self._producer.start()
+            while await self._topics.pin(topic) is None:
+                if self._topics.missing_seconds(topic) > self._settings.missing_topic_seconds:
+                    break
+                log.warning("topic %s does not exist: waiting for it", topic)
+                await asyncio.sleep(_MISSING_TOPIC_PAUSE_SECONDS)
+                self._lease.check()
+
+    async def _park(self, window_no: int, ordinal: int, topic: str, key: str, error: BaseException) -> None:
+        async with postgres.acquire(self._pool) as connection:
+            await window.park(connection, self._lease, window_no, ordinal, topic, key, error)
+
+    # -------------------------------------------------------------------------------------------- done_through
+
+    def _persisted(self, done_through: int) -> None:
+        self._persisted_through, self._persist_at = done_through, None
+
+    async def _persist_if_due(self) -> None:
+        if self._publisher.done_through > self._persisted_through:
+            now = clock.monotonic()
+            if self._persist_at is None:
+                self._persist_at = now + _PERSIST_AFTER_SECONDS
+            elif now >= self._persist_at:
+                await self._persist()
+
+    def _until_persist(self) -> float:
+        if self._publisher.in_flight:
+            return self._settings.poll_max_seconds
+        if self._persist_at is None:
+            return self._settings.safety_poll_seconds
+        return max(self._persist_at - clock.monotonic(), 0.0)
+
+    async def _persist(self) -> None:
+        offsets = self._publisher.take_offsets()
+        done_through = self._publisher.done_through
+        try:
+            await window.log_done(self._connection, self._lease, done_through, offsets)
+        except BaseException:
+            self._publisher.give_back(offsets)
+            raise
+        self._persisted(done_through)
+
+
+def _missing(topic: str) -> errors.OutboxError:
+    return errors.TopicMissing(f"Kafka has no topic {topic}: create it, then retry the parked keys")

@@ -1,0 +1,185 @@
+"""Windows: what became visible between two snapshots, ordered by position, logged before it is published.
+
+A window (s1, s2] holds the events visible in s2 that were not visible in s1. Nothing can fall between two windows, however
+long a writer stays open, and within one key the order is causal, because the insert happens under the row's lock. A window
+that does not fit in `window_max_events` is read through a cursor in one snapshot (backlog mode), a window a page.
+
+The row in `outbox.windows` is written before the first record reaches Kafka. A crash after it replays the same rows with
+the same ordinals, a crash before it reads the window again: nothing was published yet. An empty read moves nothing: were s1
+advanced in memory only, a server crash could hand out transaction ids below it again.
+"""
+
+import json
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from outbox import limits, postgres
+from outbox.postgres import Connection, Pool, Record, Snapshot
+from outbox.relay.lease import Lease
+
+SQL: Final = postgres.Statements("outbox", "relay/window.sql")
+
+Offsets = dict[str, dict[int, int]]
+"""Topic to partition to the next offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a window covers; with the log it fixes the window's content for ever."""
+
+    s1: Snapshot
+    s2: Snapshot
+    after: int = 0
+    through: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A logged window and the rows to publish, each with its ordinal."""
+
+    number: int
+    log_id: str
+    entries: Sequence[tuple[int, Record]]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a relay goes on."""
+
+    log_id: str
+    log_ordinal: int
+    source: str
+    done_through: int
+    last_window: int
+    next_offsets: Offsets
+    cursor: Snapshot
+    """s1 of the next window."""
+    rest: Span | None
+    """The rest of a backlog that was being paged when its relay stopped."""
+
+
+async def load(connection: Connection, shard: int) -> Resume:
+    """Where this shard stands."""
+    row = await SQL.load.fetchrow(connection, shard)
+    assert row is not None, "the shard's row exists: its lease was just taken"
+    through = row["through_position"]
+    rest = None if through is None else Span(row["s1"], row["s2"], after=through)
+    return Resume(
+        log_id=row["log_id"],
+        log_ordinal=row["log_ordinal"],
+        source=row["source"],
+        done_through=row["done_through"],
+        last_window=row["last_window_no"],
+        next_offsets=_offsets_in(row["next_offsets"]),
+        cursor=row["s2"] or row["start_snapshot"],
+        rest=rest,
+    )
+
+
+async def read(connection: Connection, shard: int, s1: Snapshot, limit: int) -> tuple[Span, list[Record]] | None:
+    """The next window, one row more than `limit` if it does not fit; None when nothing became visible."""
+    rows = await SQL.read.fetch(connection, shard, s1[1], s1[2], limit + 1)
+    return (Span(s1, rows[0]["s2"]), rows) if rows else None
+
+
+@asynccontextmanager
+async def backlog(pool: Pool, shard: int, s1: Snapshot, rest: Span | None) -> AsyncIterator["Backlog"]:
+    """A snapshot to page through, on a connection of its own."""
+    async with postgres.acquire(pool) as connection:
+        await SQL.prepare_session.execute(connection)
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            row = await SQL.begin_backlog.fetchrow(connection)
+            assert row is not None
+            span = rest or Span(s1, row["s2"])
+            yield Backlog(connection, shard, span)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """All of one span, in pages that become windows."""
+
+    connection: Connection
+    shard: int
+    span: Span
+
+    async def pages(self, size: int) -> AsyncIterator[tuple[Span, Sequence[Record]]]:
+        """Pages in order. Only the last one's span has no end, which moves the cursor to s2."""
+        s1, s2, after = self.span.s1, self.span.s2, self.span.after
+        held: Sequence[Record] = ()
+        async for rows in SQL.read_backlog.pages(self.connection, size, self.shard, s1[1], s1[2], s2, after):
+            if held:
+                through = held[-1]["position"]
+                yield Span(s1, s2, after, through), held
+                after = through
+            held = rows
+        yield Span(s1, s2, after), held
+
+
+async def unfinished(connection: Connection, shard: int, done_through: int) -> AsyncIterator[Window]:
+    """The windows logged and not done, each with what it published or was about to publish."""
+    for row in await SQL.unfinished.fetch(connection, shard, done_through):
+        rows = await SQL.replay.fetch(
+            connection,
+            shard,
+            row["window_no"],
+            row["s1"],
+            row["s2"],
+            row["after_position"],
+            row["through_position"],
+        )
+        yield Window(row["window_no"], row["log_id"], [(entry["ordinal"], entry) for entry in rows])
+
+
+async def log(
+    connection: Connection, lease: Lease, number: int, span: Span, done_through: int, next_offsets: Offsets
+) -> Collection[int]:
+    """Log a window, and on the way what is done; the positions of parked keys, which are not to be published, come back."""
+    diverted: list[int] = await SQL.log.fetchval(
+        connection, lease.shard, lease.epoch, done_through, _offsets_out(next_offsets),
+        number, span.s1, span.s2, span.after, span.through,
+    )  # fmt: skip
+    return frozenset(diverted)
+
+
+async def log_done(connection: Connection, lease: Lease, done_through: int, next_offsets: Offsets) -> None:
+    """Persist what is done, and forget windows far behind it."""
+    await SQL.done.execute(
+        connection, lease.shard, lease.epoch, done_through, _offsets_out(next_offsets), limits.WINDOWS_KEPT
+    )
+
+
+async def park(
+    connection: Connection,
+    lease: Lease,
+    window_no: int,
+    ordinal: int,
+    topic: str,
+    key: str,
+    error: BaseException,
+) -> int:
+    """Park a key from one record of a logged window on; how many events were set aside comes back."""
+    moved: int = await SQL.park.fetchval(
+        connection,
+        lease.shard,
+        lease.epoch,
+        topic,
+        key,
+        window_no,
+        ordinal,
+        type(error).__name__,
+        str(error)[:2000],
+    )
+    return moved
+
+
+def _offsets_in(text: str) -> Offsets:
+    return {
+        topic: {int(p): offset for p, offset in by_partition.items()}
+        for topic, by_partition in json.loads(text).items()
+    }
+
+
+def _offsets_out(offsets: Mapping[str, Mapping[int, int]]) -> str:
+    return json.dumps(offsets)

@@ -1,0 +1,69 @@
+-- The relay's reading and logging. The hot reads touch idx_events_shard_transaction_id only: two index ranges instead of an
+-- OR, so that rows touched are the rows returned, however old the statistics and whatever is still in progress elsewhere.
+
+-- name: prepare_session
+-- Plans must not depend on statistics: a table that was empty at the last ANALYZE may hold millions of relayed rows.
+select set_config('enable_seqscan', 'off', false), set_config('plan_cache_mode', 'force_generic_plan', false),
+       set_config('synchronous_commit', 'on', false), set_config('jit', 'off', false)
+
+-- name: load
+-- Where to go on: one row of shards, one of logs, the newest windows by primary key.
+select s.done_through, s.start_snapshot, s.next_offsets, l.log_id, l.ordinal as log_ordinal, current_database() as source,
+       (select coalesce(max(w.window_no), 0) from outbox.windows w where w.shard = s.shard) as last_window_no,
+       c.s1, c.s2, c.through_position
+  from outbox.shards s
+  cross join outbox.logs l
+  left join lateral (select w.s1, w.s2, w.through_position from outbox.windows w
+                      where w.shard = s.shard and w.kind = 'log' and w.log_id = l.log_id
+                      order by w.window_no desc limit 1) c on true
+ where s.shard = $1 and l.is_current
+
+-- name: unfinished
+-- Windows to publish again. Rows: windows in flight at the crash, by primary key.
+select window_no, log_id, s1, s2, after_position, through_position
+  from outbox.windows where shard = $1 and window_no > $2 order by window_no
+
+-- name: read
+-- What has become visible since s1 ($2 its xmax, $3 its list); the snapshot, s2, comes with the first row. Rows: $4.
+select case row_number() over (order by r.position) when 1 then (select pg_current_snapshot()) end as s2,
+       r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
+       (date_part('epoch', r.created_at) * 1000)::bigint as created_at
+  from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
+        union all
+        select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)) r
+ order by r.position limit $4
+
+-- name: begin_backlog
+-- The snapshot of the whole backlog, and memory to sort it in: the first statement of its transaction.
+select pg_current_snapshot() as s2, set_config('work_mem', '64MB', true)
+
+-- name: read_backlog
+-- All of (s1, s2] after a position, for a cursor: $2 xmax(s1), $3 its list, $4 s2, $5 after. Rows: the backlog, sorted once.
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
+       (date_part('epoch', r.created_at) * 1000)::bigint as created_at
+  from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
+        union all
+        select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)) r
+ where r.position > $5 and pg_visible_in_snapshot(r.transaction_id, $4)
+ order by r.position
+
+-- name: replay
+-- A logged window's rows but those that parking took over; ordinals count all. Rows: window_max_events.
+select r.ordinal, r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers,
+       r.payload, (date_part('epoch', r.created_at) * 1000)::bigint as created_at
+  from outbox.window_rows($1, $3, $4, $5, $6) r
+ where not exists (select from outbox.parked_events p
+                    where p.parker = 'relay' and p.shard = $1 and p.window_no = $2 and p.ordinal = r.ordinal)
+ order by r.ordinal
+
+-- name: log
+-- Locks the shard row; see outbox.log_window. Rows: 1.
+select outbox.log_window($1, $2, $3, $4, $5, $6, $7, $8, $9)
+
+-- name: done
+-- Locks the shard row; see outbox.log_done. Rows: 1.
+select outbox.log_done($1, $2, $3, $4, $5)
+
+-- name: park
+-- Locks the shard row; see outbox.park. Rows: one key's rows of the windows in flight.
+select outbox.park($1, $2, $3, $4, $5, $6, $7, $8)

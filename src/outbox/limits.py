@@ -42,3 +42,10 @@ MIGRATION_TURN_SECONDS: Final = 600
 MIGRATION_LOCK_SECONDS: Final = 10
 """How long a migration waits for a table, while everybody else waits behind it."""
 MIGRATION_TIMEOUT_SECONDS: Final = 3_600.0
+
+# Looking.
+LAG_MAX_EVENTS: Final = 1_000_000
+"""Where `outbox status` stops counting."""
+POSITIONS_SHOWN: Final = 1_000
+PARKED_SHOWN: Final = 50
+PARKED_PAYLOAD_SHOWN_BYTES: Final = 65_536

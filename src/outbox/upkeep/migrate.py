@@ -55,9 +55,7 @@ class MigrationStatus:
     checksum: str
 
 
-async def up(
-    db: "Pool | Connection", *, package: str = "outbox", to: int | None = None
-) -> tuple[Migration, ...]:
+async def up(db: "Pool | Connection", *, package: str = "outbox", to: int | None = None) -> tuple[Migration, ...]:
     """Apply what is missing, up to number `to` or all of it; returns what this call applied.
 
     Raises:
@@ -78,9 +76,7 @@ async def up(
                         await bookkeeping.execute(connection)
                 for statement in split(migration.up):
                     await _execute(connection, APPLY, statement)
-                await SQL.record.execute(
-                    connection, package, migration.number, migration.name, migration.checksum
-                )
+                await SQL.record.execute(connection, package, migration.number, migration.name, migration.checksum)
             applied.append(migration)
     return tuple(applied)
 
@@ -145,9 +141,7 @@ async def check(db: "Pool | Connection", *, package: str = "outbox") -> None:
         raise NotMigrated(f"the database lacks migrations of {package}: {missing}; run: {package} migrate up")
 
 
-def statements(
-    package: str = "outbox", *, first: int = 1, to: int | None = None, reverse: bool = False
-) -> list[str]:
+def statements(package: str = "outbox", *, first: int = 1, to: int | None = None, reverse: bool = False) -> list[str]:
     """The single SQL statements of migrations `first` to `to`, for other migration tools.
 
     Run them in one transaction. They keep our bookkeeping as well, so that `status` and `check` agree. With
@@ -163,9 +157,7 @@ def statements(
         if reverse:
             texts += [_fill(SQL.forget.text, package, migration.number), SQL.tidy.text]
         else:
-            texts.append(
-                _fill(SQL.record.text, package, migration.number, migration.name, migration.checksum)
-            )
+            texts.append(_fill(SQL.record.text, package, migration.number, migration.name, migration.checksum))
     return texts
 
 

@@ -39,9 +39,7 @@ def shipped(package: str = "outbox") -> tuple[Migration, ...]:
         for entry in resources.files(package).joinpath("migrations").iterdir()
         if entry.name.endswith(".sql")
     }
-    found = sorted(
-        (match for match in map(_FILE.fullmatch, texts) if match), key=lambda match: int(match["number"])
-    )
+    found = sorted((match for match in map(_FILE.fullmatch, texts) if match), key=lambda match: int(match["number"]))
     migrations = tuple(
         Migration(
             package=package,
@@ -52,9 +50,7 @@ def shipped(package: str = "outbox") -> tuple[Migration, ...]:
         )
         for match in found
     )
-    assert [m.number for m in migrations] == list(range(1, len(migrations) + 1)), (
-        f"{package} misses a migration"
-    )
+    assert [m.number for m in migrations] == list(range(1, len(migrations) + 1)), f"{package} misses a migration"
     return migrations
 
 

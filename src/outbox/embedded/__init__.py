@@ -6,7 +6,7 @@
 
 Both start in about a second on random ports, beside whatever else runs, and are gone afterwards, even if the
 program is killed. `DATABASE_URL` and `KAFKA_BOOTSTRAP_SERVERS` name servers of your own instead; then nothing
-is started for them. Needs the extra `sagabox[embedded]`. For development, tests and demos, not for production.
+is started for them. Needs the extra `sagabox[embedded]`. Not for production.
 """
 
 import asyncio

@@ -47,7 +47,7 @@ class Account:
             os.chown(path, self.uid, self.gid)
 
     def reachable_programs(self, bin_dir: Path, directory: Path) -> Path:
-        """`bin_dir` if the account can run what is there, or else a copy of the installation in `directory`."""
+        """`bin_dir` if the account can run what is there, or a copy of the installation in `directory`."""
         if self.uid is None or self._can_run(bin_dir / "postgres"):
             return bin_dir
         installation = bin_dir.parent
@@ -81,9 +81,7 @@ class Account:
             path = candidate.resolve()
             if all(part.stat().st_mode & stat.S_IXOTH for part in [path, *path.parents] if part.exists()):
                 return path
-        raise EmbeddedServerError(
-            f"no temporary directory is open to {_UNPRIVILEGED!r}; set TMPDIR to one that is"
-        )
+        raise EmbeddedServerError(f"no temporary directory is open to {_UNPRIVILEGED!r}; set TMPDIR to one that is")
 
 
 def current() -> Account:

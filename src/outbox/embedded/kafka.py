@@ -118,9 +118,7 @@ class Broker:
                 "--storage-engine=memory://tansu/",
                 "--cluster-id=sagabox",
             ],
-            environment={
-                "PATH": os.defpath
-            },  # every option can be set by a variable; none of them is meant for us
+            environment={"PATH": os.defpath},  # every option can be set by a variable; none of them is meant for us
         )
         process.await_ready(lambda: answers_kafka(self._port), timeout_seconds=_START_TIMEOUT_SECONDS)
 

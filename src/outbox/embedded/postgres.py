@@ -230,7 +230,5 @@ def _existing(bin_dir: Path | None) -> Path:
     assert bin_dir is not None, "checked when the object was made"
     for program in ("postgres", "initdb", "createdb", "dropdb"):
         if not (bin_dir / program).exists():
-            raise EmbeddedServerError(
-                f"{bin_dir} lacks {program}; pass the bin directory of a whole installation"
-            )
+            raise EmbeddedServerError(f"{bin_dir} lacks {program}; pass the bin directory of a whole installation")
     return bin_dir

@@ -31,6 +31,7 @@ PARKED_MAX_EVENTS: Final = 100_000
 """Parked events of one consumer; one more stops its partition loudly."""
 
 # Waiting.
+CONNECT_TIMEOUT_SECONDS: Final = 10.0
 STATEMENT_TIMEOUT_SECONDS: Final = 30.0
 PUBLISH_TIMEOUT_SECONDS: Final = 30.0
 DRAIN_TIMEOUT_SECONDS: Final = 10.0

@@ -113,6 +113,19 @@ def _parse(text: str) -> list[tuple[str, LiteralString]]:
 
 
 @asynccontextmanager
+async def open_pool(url: str, *, max_size: int, application: str) -> AsyncIterator["Pool"]:
+    """A pool for a program of ours; one connection is opened at once, to know that it works, others when needed."""
+    async with asyncpg.create_pool(
+        url,
+        min_size=1,
+        max_size=max_size,
+        timeout=limits.CONNECT_TIMEOUT_SECONDS,
+        server_settings={"application_name": application},
+    ) as pool:
+        yield pool
+
+
+@asynccontextmanager
 async def acquire(db: "Pool | Connection") -> AsyncIterator["Connection"]:
     """A connection of a pool for the length of the block, or the given connection itself.
 

@@ -81,21 +81,19 @@ async def up(db: "Pool | Connection", *, package: str = "outbox", to: int | None
     return tuple(applied)
 
 
-async def down(db: "Pool | Connection", *, package: str = "outbox", to: int = 0) -> tuple[Migration, ...]:
-    """Take back every migration above number `to`, newest first; data goes with its tables.
+async def down(db: "Pool | Connection", *, package: str = "outbox", to: int | None = None) -> tuple[Migration, ...]:
+    """Take back every migration above number `to`, newest first; 0 takes back all, and no number the newest one.
 
-    Returns what this call took back.
+    Data goes with its tables. Returns what this call took back.
 
     Raises:
         MigrationChanged: an applied migration is not the one shipped here, so its way back is not known.
         MigrationBusy: a table is in use; what was taken back before stays so.
         ValueError: there is no migration `to`.
     """
-    unwanted = [m for m in shipped(package) if m.number > _bound(package, to, lowest=0)]
     reverted: list[Migration] = []
     async with postgres.acquire(db) as connection:
-        present = _applied(package, await _history(connection, package))
-        for migration in (m for m in reversed(unwanted) if m in present):
+        for migration in await planned_down(connection, package=package, to=to):
             async with _exclusively(connection, migration):
                 if migration not in _applied(package, await _history(connection, package)):
                     continue
@@ -105,6 +103,23 @@ async def down(db: "Pool | Connection", *, package: str = "outbox", to: int = 0)
                 await SQL.tidy.execute(connection)
             reverted.append(migration)
     return tuple(reverted)
+
+
+async def planned_down(
+    db: "Pool | Connection", *, package: str = "outbox", to: int | None = None
+) -> tuple[Migration, ...]:
+    """What `down` would take back, in that order; for asking before doing.
+
+    Raises:
+        MigrationChanged: as `down`.
+        ValueError: as `down`.
+    """
+    async with postgres.acquire(db) as connection:
+        present = _applied(package, await _history(connection, package))
+    newest_first = tuple(reversed(present))
+    if to is None:
+        return newest_first[:1]
+    return tuple(m for m in newest_first if m.number > _bound(package, to, lowest=0))
 
 
 async def status(db: "Pool | Connection", *, package: str = "outbox") -> list[MigrationStatus]:

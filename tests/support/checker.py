@@ -32,13 +32,9 @@ class Anomaly(StrEnum):
     NONMONOTONIC = "nonmonotonic"  # a change whose first record comes after that of a later change of its key
     OVERTAKEN = "overtaken"  # a first record at or below a position already passed: every consumer drops it
     DUPLICATE = "duplicate"  # records beyond the first of an event, where there are more than the run allows
-    WRONG_PARTITION = (
-        "wrong_partition"  # a record outside the partition that every Kafka client computes for its key
-    )
+    WRONG_PARTITION = "wrong_partition"  # a record outside the partition that every Kafka client computes for its key
     POSITION_REUSED = "position_reused"  # one position for two events, or one event under two positions
-    CACHE_DIVERGENCE = (
-        "cache_divergence"  # a cached row that is missing, left over, or differs from the source
-    )
+    CACHE_DIVERGENCE = "cache_divergence"  # a cached row that is missing, left over, or differs from the source
     CACHE_REGRESSION = "cache_regression"  # a sample older than the one before it, or of a row that never was
 
 
@@ -137,11 +133,7 @@ class Verdict:
     @property
     def valid(self) -> bool:
         """No anomaly, something was committed, and everything meant to be exercised happened."""
-        return (
-            self.committed > 0
-            and not self.did_not_happen
-            and not any(f.count for f in self.findings.values())
-        )
+        return self.committed > 0 and not self.did_not_happen and not any(f.count for f in self.findings.values())
 
     def count(self, anomaly: Anomaly) -> int:
         """How often an anomaly occurred."""
@@ -202,9 +194,7 @@ class _Facts:
         final = {key: chain[-1].row for key, chain in self.chains.items()}
         self.source = {key: row for key, row in final.items() if row is not None}
         if history.source is not None and dict(history.source) != self.source:
-            key = next(
-                k for k in history.source.keys() | self.source if history.source.get(k) != self.source.get(k)
-            )
+            key = next(k for k in history.source.keys() | self.source if history.source.get(k) != self.source.get(k))
             raise BrokenTruthError(
                 f"the source says {history.source.get(key)} of key {key}, "
                 f"its last change {self.source.get(key)}: write both in one transaction"

@@ -43,9 +43,7 @@ def published(changes: Sequence[Change], *, window: int = 1) -> list[TopicRecord
         partition = partition_of(change.key)
         position = Position(LOG, 0, window, ordinal, position=100 + ordinal, transaction_id=700 + ordinal)
         event_id = f"event {change.identity}"
-        records.append(
-            TopicRecord(partition, offsets[partition], change.key, event_id, change.identity, position)
-        )
+        records.append(TopicRecord(partition, offsets[partition], change.key, event_id, change.identity, position))
         offsets[partition] += 1
     return records
 
@@ -203,9 +201,7 @@ def test_duplicates_are_counted_and_bounded() -> None:
 
 def test_wrong_partition() -> None:
     strayed = moved(C1, partition=0, offset=1)
-    assert anomalies(with_records(A1, B1, A2, strayed, A3, moved(B2, offset=2))) == {
-        Anomaly.WRONG_PARTITION: 1
-    }
+    assert anomalies(with_records(A1, B1, A2, strayed, A3, moved(B2, offset=2))) == {Anomaly.WRONG_PARTITION: 1}
 
 
 def test_position_reused_by_another_event() -> None:
@@ -343,9 +339,7 @@ def test_no_single_damage_goes_unseen(history: History, data: st.DataObject) -> 
         case "repeat":
             records.append(replace(records[at], offset=len(records)))
         case "swap":
-            same = [
-                i for i, record in enumerate(records) if record.partition == records[at].partition and i != at
-            ]
+            same = [i for i, record in enumerate(records) if record.partition == records[at].partition and i != at]
             if not same:
                 return
             other = data.draw(st.sampled_from(same))

@@ -1,0 +1,9 @@
+-- Caches keep their rows; how far they were applied is forgotten, so a later consumer reads its topics from the start.
+drop function outbox.unprepare_cache(regclass);
+drop function outbox.prepare_cache(regclass);
+drop function outbox.supersedes(text, text);
+drop table outbox.tombstones;
+drop table outbox.applied;
+drop table outbox.positions;
+delete from outbox.parked_events where parker <> 'relay';
+delete from outbox.parked_keys where parker <> 'relay';

@@ -33,6 +33,18 @@ if TYPE_CHECKING:
 
     from outbox.postgres import Connection, Pool, Record
 
+__all__ = [
+    "Migration",
+    "MigrationStatus",
+    "check",
+    "down",
+    "planned_down",
+    "shipped",
+    "statements",
+    "status",
+    "up",
+]
+
 SQL: Final = postgres.Statements("outbox", "upkeep/migrate.sql")
 APPLY: Final = crash_sites.register("outbox.upkeep.migrate.apply")
 LOCK_NOT_AVAILABLE: Final = "55P03"

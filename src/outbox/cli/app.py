@@ -1,0 +1,53 @@
+"""The root of the command line: what all commands share, and the list of them."""
+
+import logging
+from importlib.metadata import entry_points, version
+
+import typer
+
+from outbox.cli import adopt, migrate, parked, relay, status
+from outbox.cli.run import DatabaseUrl, Kafka, Options
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its tracebacks show the values of variables, and some of them are secrets
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(requested: bool) -> None:  # noqa: FBT001 - the shape typer calls
+    if requested:
+        print(f"sagabox {version('sagabox')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Settings come from SAGABOX_* environment variables; see docs/operations.md, also for exit codes.")
+def options(
+    context: typer.Context,
+    *,
+    database_url: DatabaseUrl = None,
+    kafka: Kafka = None,
+    show_version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Transactional outbox: from PostgreSQL to Kafka, in order, without loss."""
+    assert not show_version, "the eager callback has left"
+    context.obj = Options(database_url=database_url, kafka=kafka)
+
+
+app.add_typer(migrate.app, name="migrate")
+app.command()(relay.relay)
+app.command()(status.status)
+app.add_typer(parked.app, name="parked")
+app.command()(adopt.adopt)
+
+
+def main() -> None:
+    """Run the command line."""
+    logging.captureWarnings(capture=True)
+    for entry in entry_points(group="outbox.cli"):
+        app.add_typer(entry.load(), name=entry.name)
+    app()

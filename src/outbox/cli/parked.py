@@ -1,0 +1,159 @@
+"""`outbox parked`: which keys are set aside, and what waits behind them."""
+
+import base64
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from outbox import limits, parking
+from outbox.cli.exits import Exit
+from outbox.cli.run import AsJson, DatabaseUrl, connected, err, out, print_json, run, settings_of
+from outbox.cli.status import age
+from outbox.cli.visible import payload_lines, visible
+from outbox.parking import ParkedEvent, ParkedKey
+from outbox.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, help="See the keys that cannot be published or applied.")
+
+Parker = Annotated[
+    str | None, typer.Option("--parker", metavar="NAME", help="Only by 'relay', or by the consumer of this name.")
+]
+Topic = Annotated[str | None, typer.Option("--topic", metavar="TOPIC", help="Only in this topic.")]
+Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, max=10_000, help="At most so many.")]
+
+
+@app.command("list", epilog="Example:  outbox parked list --parker relay --limit 10")
+def list_keys(
+    context: typer.Context,
+    *,
+    parker: Parker = None,
+    topic: Topic = None,
+    limit: Limit = limits.PARKED_SHOWN,
+    as_json: AsJson = False,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """List parked keys with the reason, by parker, topic and key."""
+    run(_list(settings_of(context, database_url=database_url), parker, topic, limit, as_json=as_json))
+
+
+async def _list(settings: Settings, parker: str | None, topic: str | None, limit: int, *, as_json: bool) -> None:
+    async with connected(settings, application="outbox parked") as pool:
+        found = await parking.keys(pool, parker=parker, topic=topic, limit=limit + 1)
+    shown = found[:limit]
+    if as_json:
+        print_json({"keys": [asdict(key) for key in shown], "more": len(found) > limit})
+        return
+    if not shown:
+        out.print("no key is parked")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("Parker", "Topic", "Key", "Reason"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("Events", justify="right", no_wrap=True)
+    table.add_column("For", justify="right", no_wrap=True)
+    now = datetime.now(UTC)
+    for key in shown:
+        texts = [Text(visible(text)) for text in (key.parker, key.topic, key.key, key.reason)]
+        table.add_row(*texts, f"{key.events:,}", age((now - key.parked_at).total_seconds()))
+    out.print(table)
+    if len(found) > limit:
+        out.print(f"there are more: raise --limit {limit}, or narrow with --parker and --topic", style="dim")
+
+
+@app.command(epilog="Examples:  outbox parked show order-42          outbox parked show order-42 --json")
+def show(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The key, as 'list' prints it.", show_default=False)],
+    *,
+    parker: Parker = None,
+    topic: Topic = None,
+    limit: Limit = limits.PARKED_SHOWN,
+    as_json: AsJson = False,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Show why a key is parked, and its waiting events in order; exits 1 when it is not parked."""
+    run(_show(settings_of(context, database_url=database_url), key, parker, topic, limit, as_json=as_json))
+
+
+async def _show(
+    settings: Settings,
+    key: str,
+    parker: str | None,
+    topic: str | None,
+    limit: int,
+    *,
+    as_json: bool,
+) -> None:
+    async with connected(settings, application="outbox parked") as pool:
+        found = [
+            (parked, await parking.events(pool, parked, limit=limit))
+            for parked in await parking.find(pool, key, parker=parker, topic=topic)
+        ]
+    if as_json:
+        print_json([{**asdict(parked), "waiting": [_as_json(e) for e in events]} for parked, events in found])
+    for number, (parked, events) in enumerate([] if as_json else found):
+        if number:
+            out.print()
+        _print_key(parked)
+        for place, event in enumerate(events, start=1):
+            _print_event(place, event)
+        if parked.events > len(events):
+            out.print(f"\n{parked.events - len(events):,} more: raise --limit {limit}", style="dim")
+    if not found:
+        err.print("this key is not parked: see outbox parked list")
+        raise typer.Exit(Exit.PROBLEM)
+
+
+def _print_key(parked: ParkedKey) -> None:
+    origin = f"shard {parked.shard}" if parked.partition is None else f"partition {parked.partition}"
+    waiting = f"{parked.events:,} {'event' if parked.events == 1 else 'events'} waiting"
+    out.print(Text.assemble((visible(parked.key), "bold"), f"  in {visible(parked.topic)}, {origin}, {waiting}"))
+    out.print(Text(f"parked by {visible(parked.parker)} since {parked.parked_at:%Y-%m-%d %H:%M:%S} UTC"))
+    out.print(Text.assemble((visible(parked.reason), "red"), f": {visible(parked.detail)}"))
+
+
+def _print_event(place: int, event: ParkedEvent) -> None:
+    kind = f"{event.event_type or 'unknown type'} v{event.schema_version or 1}"
+    out.print()
+    out.print(
+        Text.assemble((f"{place}. ", "bold"), (visible(kind), "bold"), f"  {event.created_at:%Y-%m-%d %H:%M:%S} UTC")
+    )
+    facts = [event.event_id or "no id", *_origin(event)]
+    if event.payload_bytes is not None:
+        facts.append(f"{event.payload_bytes:,} bytes")
+    out.print(Padding(Text(visible(", ".join(facts)), style="dim"), (0, 0, 0, 3)))
+    if event.headers is not None:
+        out.print(Padding(Text(f"headers {visible(event.headers)}", style="dim"), (0, 0, 0, 3)))
+    lines = ["(no payload)"] if event.payload is None else payload_lines(event.payload, is_whole=event.is_whole)
+    if not event.is_whole:
+        lines.append("... (the rest is not shown)")
+    out.print(Padding(Text("\n".join(lines)), (0, 0, 0, 3)))
+
+
+def _origin(event: ParkedEvent) -> list[str]:
+    facts = (
+        ("position", event.position),
+        ("window", event.window_no),
+        ("partition", event.partition),
+        ("offset", event.offset),
+    )
+    return [f"{name} {value}" for name, value in facts if value is not None]
+
+
+def _as_json(event: ParkedEvent) -> dict[str, Any]:
+    """The payload as JSON where it is JSON, else as base64."""
+    fields = asdict(event)
+    payload = fields.pop("payload")
+    headers = fields.pop("headers")
+    fields["headers"] = None if headers is None else json.loads(headers)
+    try:
+        fields["payload"] = None if payload is None else json.loads(payload)
+    except (ValueError, RecursionError):
+        fields["payload_base64"] = base64.b64encode(payload).decode()
+    return fields

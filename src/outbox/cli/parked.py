@@ -2,20 +2,20 @@
 
 import base64
 import json
+import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from outbox import limits, parking
-from outbox.cli.exits import Exit
+from outbox.cli.exits import Exit, UsageProblem
 from outbox.cli.run import AsJson, DatabaseUrl, connected, err, out, print_json, run, settings_of
 from outbox.cli.status import age
-from outbox.cli.visible import payload_lines, visible
+from outbox.cli.visible import from_visible, payload_lines, visible
 from outbox.parking import ParkedEvent, ParkedKey
 from outbox.settings import Settings
 
@@ -90,11 +90,13 @@ async def _show(
     *,
     as_json: bool,
 ) -> None:
+    if not key.isascii() and "\\udc" in ascii(key):  # how Python passes on bytes of the command line
+        raise UsageProblem("the key is not UTF-8, and no parked key is otherwise")
     async with connected(settings, application="outbox parked") as pool:
-        found = [
-            (parked, await parking.events(pool, parked, limit=limit))
-            for parked in await parking.find(pool, key, parker=parker, topic=topic)
-        ]
+        places = await parking.find(pool, key, parker=parker, topic=topic)
+        if not places and (pasted := from_visible(key)) != key:
+            places = await parking.find(pool, pasted, parker=parker, topic=topic)
+        found = [(parked, await parking.events(pool, parked, limit=limit)) for parked in places]
     if as_json:
         print_json([{**asdict(parked), "waiting": [_as_json(e) for e in events]} for parked, events in found])
     for number, (parked, events) in enumerate([] if as_json else found):
@@ -119,21 +121,25 @@ def _print_key(parked: ParkedKey) -> None:
 
 
 def _print_event(place: int, event: ParkedEvent) -> None:
-    kind = f"{event.event_type or 'unknown type'} v{event.schema_version or 1}"
-    out.print()
-    out.print(
-        Text.assemble((f"{place}. ", "bold"), (visible(kind), "bold"), f"  {event.created_at:%Y-%m-%d %H:%M:%S} UTC")
-    )
+    kind = "unknown type" if event.event_type is None else f"{event.event_type} v{event.schema_version or 1}"
     facts = [event.event_id or "no id", *_origin(event)]
     if event.payload_bytes is not None:
         facts.append(f"{event.payload_bytes:,} bytes")
-    out.print(Padding(Text(visible(", ".join(facts)), style="dim"), (0, 0, 0, 3)))
-    if event.headers is not None:
-        out.print(Padding(Text(f"headers {visible(event.headers)}", style="dim"), (0, 0, 0, 3)))
     lines = ["(no payload)"] if event.payload is None else payload_lines(event.payload, is_whole=event.is_whole)
     if not event.is_whole:
         lines.append("... (the rest is not shown)")
-    out.print(Padding(Text("\n".join(lines)), (0, 0, 0, 3)))
+    out.print()
+    out.print(Text.assemble((f"{place}. {visible(kind)}", "bold"), f"  {event.created_at:%Y-%m-%d %H:%M:%S} UTC"))
+    out.print(_indented(visible(", ".join(facts)), style="dim"), soft_wrap=True)
+    if event.headers is not None:
+        out.print(_indented(f"headers {visible(event.headers)}", style="dim"), soft_wrap=True)
+    for line in lines:
+        out.print(_indented(line), soft_wrap=True)
+
+
+def _indented(line: str, style: str = "") -> Text:
+    """A line that the terminal wraps, so that it can be copied whole."""
+    return Text(f"   {line}", style=style)
 
 
 def _origin(event: ParkedEvent) -> list[str]:
@@ -147,13 +153,22 @@ def _origin(event: ParkedEvent) -> list[str]:
 
 
 def _as_json(event: ParkedEvent) -> dict[str, Any]:
-    """The payload as JSON where it is JSON, else as base64."""
+    """The payload as JSON where it is JSON that every reader takes, else as base64."""
     fields = asdict(event)
     payload = fields.pop("payload")
     headers = fields.pop("headers")
     fields["headers"] = None if headers is None else json.loads(headers)
-    try:
-        fields["payload"] = None if payload is None else json.loads(payload)
-    except (ValueError, RecursionError):
-        fields["payload_base64"] = base64.b64encode(payload).decode()
-    return fields
+    if payload is None:
+        return {**fields, "payload": None}
+    if event.is_whole:
+        try:
+            return {**fields, "payload": json.loads(payload, parse_float=_finite, parse_constant=_finite)}
+        except (ValueError, RecursionError):
+            pass  # not JSON for every reader: as base64 below
+    return {**fields, "payload_base64": base64.b64encode(payload).decode()}
+
+
+def _finite(literal: str) -> float:
+    if not math.isfinite(value := float(literal)):
+        raise ValueError(f"{literal} is not a number for every reader of JSON")
+    return value

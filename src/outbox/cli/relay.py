@@ -48,7 +48,7 @@ async def _relay(settings: Settings) -> None:
             gc.freeze()
             log.info("relay started, publishing to %s", settings.kafka)
             await running.run()
-            log.info("relay stopped, nothing is in flight")
+            log.info("relay stopped")
 
 
 def _stop_on_signals(running: Relay) -> None:

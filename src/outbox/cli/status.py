@@ -100,9 +100,15 @@ def _problem(text: str) -> Text:
 
 
 def _table(*headings: str, right: tuple[str, ...] = ()) -> Table:
+    """A table whose last column gives way first where the terminal is narrow."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+        table.add_column(
+            heading,
+            justify="right" if heading in right else "left",
+            no_wrap=heading != headings[-1],
+            overflow="ellipsis",
+        )
     return table
 
 
@@ -138,7 +144,7 @@ def _parked(found: overview.Status) -> Table:
 
 
 def _positions(found: overview.Status) -> Table:
-    right = ("Partition", "Next offset", "Epoch", "Moved")
+    right = ("Partition", "Next offset", "Moved")
     table = _table("Consumer", "Topic", *right, "Owner", right=right)
     for position in found.positions:
         table.add_row(
@@ -146,9 +152,8 @@ def _positions(found: overview.Status) -> Table:
             Text(visible(position.topic)),
             str(position.partition),
             f"{position.next_offset:,}",
-            f"{position.epoch:,}",
             f"{age((found.at - position.updated_at).total_seconds())} ago",
-            "-" if position.owner is None else Text(visible(position.owner[:8])),
+            "-" if position.owner is None else Text(visible(position.owner)),
         )
     return table
 
@@ -158,4 +163,4 @@ def age(seconds: float) -> str:
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0.0):.1f} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{max(seconds, 0.0):.1f} s"

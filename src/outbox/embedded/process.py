@@ -72,6 +72,11 @@ class ServerProcess:
         return self._child is not None and self._child.poll() is None
 
     @property
+    def exit_status(self) -> int | None:
+        """How it ended, a signal as its negative number; None while it runs, or before."""
+        return None if self._child is None else self._child.poll()
+
+    @property
     def pid(self) -> int:
         """The process's number.
 
@@ -115,8 +120,9 @@ class ServerProcess:
         deadline = time.monotonic() + timeout_seconds
         while not is_ready():
             if not self.running:
-                status = None if self._child is None else self._child.returncode
-                raise EmbeddedServerError(f"{self.name} ended with status {status} while starting:\n{self.log_tail()}")
+                raise EmbeddedServerError(
+                    f"{self.name} ended with status {self.exit_status} while starting:\n{self.log_tail()}"
+                )
             if time.monotonic() > deadline:
                 self.kill()
                 raise EmbeddedServerError(f"{self.name} was not ready after {timeout_seconds} s:\n{self.log_tail()}")

@@ -6,16 +6,20 @@ topic names of its own, so it runs beside anything. Fixtures are synchronous: th
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
+import asyncpg
 import hypothesis
 import pytest
+import pytest_asyncio
 
-from outbox import embedded
+from outbox import Pool, embedded
 from outbox.embedded import Broker, Databases, Postgres
+from outbox.upkeep import migrate
 from tests.support import kafka_server
 from tests.support.kafka_server import RealKafka
 from tests.support.postgres_server import OLDEST_BIN_VARIABLE, find_postgres_15
+from tests.support.relay_process import Relays, relay_processes
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("sagabox", deadline=None)
@@ -83,6 +87,27 @@ def database15(postgres15: Postgres) -> Iterator[str]:
 def any_database(any_postgres: Databases) -> Iterator[str]:
     """The URL of a new, empty database on each supported PostgreSQL in turn."""
     yield from _fresh_database(any_postgres)
+
+
+@pytest_asyncio.fixture
+async def log_pool(database: str) -> AsyncIterator[Pool]:
+    """A pool on a new database that has the log."""
+    async with asyncpg.create_pool(database, min_size=1, max_size=20) as pool:
+        await migrate.up(pool)
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def _zygote() -> Iterator[Relays]:
+    with relay_processes() as relays:
+        yield relays
+
+
+@pytest.fixture
+def relays(_zygote: Relays) -> Iterator[Relays]:
+    """Starts relays in processes of their own; none outlives the test."""
+    yield _zygote
+    _zygote.kill_all()
 
 
 @pytest.fixture(scope="session")

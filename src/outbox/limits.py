@@ -9,6 +9,7 @@ EVENT_TYPE_MAX_BYTES: Final = 255
 HEADERS_MAX_BYTES: Final = 16_384
 RECORD_MAX_BYTES: Final = 1_000_000
 """Payload, key and headers together, where the topic's own limit is not known; Kafka's default limit is 1,048,588."""
+EVENT_ID_MAX_CHARACTERS: Final = 60
 RECORD_OVERHEAD_BYTES: Final = 512
 """Our own headers and the framing of a batch of one."""
 
@@ -17,22 +18,33 @@ EMIT_MAX_EVENTS: Final = 100_000
 RECEIPT_MAX_KEYS: Final = 100
 
 # The relay.
-WINDOW_MAX_EVENTS: Final = 5_000
+WINDOW_MAX_EVENTS: Final = 2_500
 WINDOWS_IN_FLIGHT: Final = 2
 BATCH_MAX_BYTES: Final = 900_000
 WINDOWS_KEPT: Final = 10_000
-BACKLOG_MAX_SECONDS: Final = 60.0
 GUARD_MAX_RECORDS: Final = 10_000_000
 """Records read by the restore guard before it gives up loudly."""
 
 # Consumers.
 CONSUMER_MAX_RECORDS: Final = 4_000
 PARKED_MAX_EVENTS: Final = 100_000
-"""Parked events of one consumer; one more stops its partition loudly."""
+"""Parked events of one cache; one more stops its partition loudly."""
+PARKED_DETAIL_MAX_CHARACTERS: Final = 2_000
+GET_MANY_MAX_KEYS: Final = 10_000
+WAIT_POLL_MIN_SECONDS: Final = 0.005
+WAIT_POLL_MAX_SECONDS: Final = 0.050
+REVOKE_TIMEOUT_SECONDS: Final = 15.0
+"""How long a rebalance waits for open transactions: half of the group's rebalance timeout."""
+COMMIT_EVERY_SECONDS: Final = 5.0
+"""Between two advisory commits of offsets to Kafka."""
+BATCH_IDLE_SECONDS: Final = 15
+"""How long a batch's transaction may stand still, in a frozen process, before PostgreSQL ends it."""
 
 # Waiting.
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 STATEMENT_TIMEOUT_SECONDS: Final = 30.0
+CURSOR_TIMEOUT_SECONDS: Final = 300.0
+"""The first page of a cursor may have to sort a whole backlog."""
 PUBLISH_TIMEOUT_SECONDS: Final = 30.0
 DRAIN_TIMEOUT_SECONDS: Final = 10.0
 BACKOFF_MAX_SECONDS: Final = 30.0

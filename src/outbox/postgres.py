@@ -5,7 +5,7 @@ a constant of the program; values reach it as parameters only. Each is a crash s
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -71,12 +71,12 @@ class Statement:
         await crash_sites.visit(self.name, "after")
         return value
 
-    async def pages(self, connection: "Connection", size: int, *args: object) -> AsyncIterator[Sequence[Record]]:
+    async def pages(self, connection: "Connection", size: int, *args: object) -> AsyncGenerator[Sequence[Record]]:
         """Rows through a cursor, `size` at a time; needs an open transaction."""
-        cursor = await connection.cursor(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        cursor = await connection.cursor(self.text, *args, timeout=limits.CURSOR_TIMEOUT_SECONDS)
         while True:
             await crash_sites.visit(self.name, "before")
-            rows = await cursor.fetch(size, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+            rows = await cursor.fetch(size, timeout=limits.CURSOR_TIMEOUT_SECONDS)
             await crash_sites.visit(self.name, "after")
             if not rows:
                 return

@@ -241,21 +241,21 @@ class Publisher:
         end = min(at + limit, len(entries))
         for index in range(at, end):
             ordinal, row = entries[index]
-            kind = row["event_type"], row["schema_version"]
+            position, transaction_id, topic, key, event_id, event_type, version, users, payload, created_at, _ = row
+            kind = event_type, version
             headers = kinds.get(kind)
             if headers is None:
                 headers = kinds[kind] = wire.type_headers(self._source, *kind)
-            if parked and (row["topic"], row["key"]) in parked:
+            if parked and (topic, key) in parked:
                 continue
             headers = [
                 *headers,
-                ("ce_id", row["event_id"].encode()),
-                ("ob-pos", b"%b%d/%d/%d" % (prefix, ordinal, row["position"], row["transaction_id"])),
+                ("ce_id", event_id.encode()),
+                (wire.POSITION_HEADER, b"%b%d/%d/%d" % (prefix, ordinal, position, transaction_id)),
             ]
-            if row["headers"] is not None:
-                headers += [(name, text.encode()) for name, text in json.loads(row["headers"]).items()]
-            key, value = row["key"].encode(), row["payload"]
-            if append(timestamp=row["created_at"], key=key, value=value, headers=headers) is None:
+            if users is not None:
+                headers += [(name, text.encode()) for name, text in json.loads(users).items()]
+            if append(timestamp=created_at, key=key.encode(), value=payload, headers=headers) is None:
                 return batch, index  # full; an empty batch takes any record
         return batch, end
 

@@ -53,12 +53,13 @@ select outbox.open_log(r.shard_count, greatest(r.ordinal + 1, (extract(epoch fro
   from retired r cross join moved m
 
 -- name: restart_shards
--- Rows: shards. Leases end, because whoever holds one works for the retired log.
+-- Rows: shards. Leases end, because whoever holds one works for the retired log. xmax stays as it is, though it may be below
+-- this transaction's id: ids between the two belong to writers that are still open, and may emit once they are let in.
 update outbox.shards s
    set lease_owner = null, lease_until = null, lease_epoch = s.lease_epoch + 1,
        start_snapshot = (
            select format('%s:%s:%s', least(pg_snapshot_xmin(n.snapshot), pg_current_xact_id()),
-                         greatest(pg_snapshot_xmax(n.snapshot), pg_current_xact_id()),
+                         pg_snapshot_xmax(n.snapshot),
                          (select string_agg(x::text, ',' order by x)
                             from (select pg_snapshot_xip(n.snapshot) as x
                                   union select pg_current_xact_id() where pg_current_xact_id() < pg_snapshot_xmax(n.snapshot)) p)

@@ -14,6 +14,7 @@ does at each step:
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Final
 from uuid import UUID
 
@@ -153,15 +154,15 @@ class _Tenure:
     async def _page(self, rest: Span | None) -> None:
         """Backlog mode: one snapshot, a window a page."""
         async with window.backlog(self._pool, self._lease.shard, self._cursor, rest) as backlog:
-            async for span, rows in backlog.pages(self._settings.window_max_events):
-                await self._publisher.room(self._settings.windows_in_flight)
-                await self._log(span, rows)
-                if self._shard._stopping.is_set():
-                    return
+            async with aclosing(backlog.pages(self._settings.window_max_events)) as pages:
+                async for span, rows in pages:
+                    await self._publisher.room(self._settings.windows_in_flight)
+                    await self._log(span, rows)
+                    if self._shard._stopping.is_set():
+                        return
 
     async def _log(self, span: Span, rows: Sequence[Record]) -> None:
         self._lease.check()
-        await self._pin({row["topic"] for row in rows})
         offsets = self._publisher.take_offsets()
         done_through = self._publisher.done_through
         try:

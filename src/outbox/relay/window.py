@@ -9,11 +9,12 @@ the same ordinals, a crash before it reads the window again: nothing was publish
 advanced in memory only, a server crash could hand out transaction ids below it again.
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from outbox import limits, postgres
 from outbox.postgres import Connection, Pool, Record, Snapshot
@@ -21,6 +22,7 @@ from outbox.relay.lease import Lease
 
 SQL: Final = postgres.Statements("outbox", "relay/window.sql")
 
+T = TypeVar("T")
 Offsets = dict[str, dict[int, int]]
 """Topic to partition to the next offset."""
 
@@ -104,17 +106,32 @@ class Backlog:
     shard: int
     span: Span
 
-    async def pages(self, size: int) -> AsyncIterator[tuple[Span, Sequence[Record]]]:
+    async def pages(self, size: int) -> AsyncGenerator[tuple[Span, Sequence[Record]]]:
         """Pages in order. Only the last one's span has no end, which moves the cursor to s2."""
         s1, s2, after = self.span.s1, self.span.s2, self.span.after
         held: Sequence[Record] = ()
-        async for rows in SQL.read_backlog.pages(self.connection, size, self.shard, s1[1], s1[2], s2, after):
-            if held:
-                through = held[-1]["position"]
-                yield Span(s1, s2, after, through), held
-                after = through
-            held = rows
+        fetched = SQL.read_backlog.pages(self.connection, size, self.shard, s1[1], s1[2], s2, after)
+        async with aclosing(ahead(fetched)) as pages:
+            async for rows in pages:
+                if held:
+                    through = held[-1]["position"]
+                    yield Span(s1, s2, after, through), held
+                    after = through
+                held = rows
         yield Span(s1, s2, after), held
+
+
+async def ahead(pages: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The same pages, each fetched while its predecessor is in use."""
+    following = asyncio.ensure_future(anext(pages, None))
+    try:
+        while (page := await following) is not None:
+            following = asyncio.ensure_future(anext(pages, None))
+            yield page
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await pages.aclose()
 
 
 async def unfinished(connection: Connection, shard: int, done_through: int) -> AsyncIterator[Window]:

@@ -1,5 +1,6 @@
 -- The relay's reading and logging. The hot reads touch idx_events_shard_transaction_id only: two index ranges instead of an
 -- OR, so that rows touched are the rows returned, however old the statistics and whatever is still in progress elsewhere.
+-- read, read_backlog and replay return the same first ten columns, in the order in which publishing unpacks them.
 
 -- name: prepare_session
 -- Plans must not depend on statistics: a table that was empty at the last ANALYZE may hold millions of relayed rows.
@@ -25,9 +26,9 @@ select window_no, log_id, s1, s2, after_position, through_position
 
 -- name: read
 -- What has become visible since s1 ($2 its xmax, $3 its list); the snapshot, s2, comes with the first row. Rows: $4.
-select case row_number() over (order by r.position) when 1 then (select pg_current_snapshot()) end as s2,
-       r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
-       (date_part('epoch', r.created_at) * 1000)::bigint as created_at
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
+       (date_part('epoch', r.created_at) * 1000)::bigint as created_at,
+       case row_number() over (order by r.position) when 1 then (select pg_current_snapshot()) end as s2
   from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
         union all
         select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)) r
@@ -40,7 +41,7 @@ select pg_current_snapshot() as s2, set_config('work_mem', '64MB', true)
 -- name: read_backlog
 -- All of (s1, s2] after a position, for a cursor: $2 xmax(s1), $3 its list, $4 s2, $5 after. Rows: the backlog, sorted once.
 select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
-       (date_part('epoch', r.created_at) * 1000)::bigint as created_at
+       (date_part('epoch', r.created_at) * 1000)::bigint as created_at, null::pg_snapshot as s2
   from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
         union all
         select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)) r
@@ -49,8 +50,8 @@ select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_t
 
 -- name: replay
 -- A logged window's rows but those that parking took over; ordinals count all. Rows: window_max_events.
-select r.ordinal, r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers,
-       r.payload, (date_part('epoch', r.created_at) * 1000)::bigint as created_at
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers,
+       r.payload, (date_part('epoch', r.created_at) * 1000)::bigint as created_at, r.ordinal
   from outbox.window_rows($1, $3, $4, $5, $6) r
  where not exists (select from outbox.parked_events p
                     where p.parker = 'relay' and p.shard = $1 and p.window_no = $2 and p.ordinal = r.ordinal)

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points, version
 import typer
 
 from outbox.cli import adopt, migrate, parked, relay, status
+from outbox.cli.logs import log_to_stderr
 from outbox.cli.run import DatabaseUrl, Kafka, Options
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ def options(
 ) -> None:
     """Transactional outbox: from PostgreSQL to Kafka, in order, without loss."""
     assert not show_version, "the eager callback has left"
+    log_to_stderr("critical")  # an error becomes the command's own message; `relay` says what it logs
     context.obj = Options(database_url=database_url, kafka=kafka)
 
 

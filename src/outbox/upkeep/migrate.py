@@ -126,12 +126,11 @@ async def planned_down(
         MigrationChanged: as `down`.
         ValueError: as `down`.
     """
+    bound = None if to is None else _bound(package, to, lowest=0)
     async with postgres.acquire(db) as connection:
         present = _applied(package, await _history(connection, package))
     newest_first = tuple(reversed(present))
-    if to is None:
-        return newest_first[:1]
-    return tuple(m for m in newest_first if m.number > _bound(package, to, lowest=0))
+    return newest_first[:1] if bound is None else tuple(m for m in newest_first if m.number > bound)
 
 
 async def status(db: "Pool | Connection", *, package: str = "outbox") -> list[MigrationStatus]:

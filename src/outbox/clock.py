@@ -1,6 +1,7 @@
 """The only place that reads clocks, so that tests can own them.
 
-Leases use the monotonic clock of this process against a deadline granted by the database; wall-clock time is for people.
+Leases use the monotonic clock of this process against a deadline granted by the database; wall-clock time is for
+people.
 """
 
 import time

@@ -1,8 +1,9 @@
 """Where a test may kill, stop or fail this process.
 
-Every SQL statement and every Kafka call is a site, numbered in the order of registration, with two sides: *before* it is
-sent and *after* its effect, when the reply may be lost. Production never sets `hook`; a visit then costs one comparison.
-Tests set it in the process they start (see tests/support) and raise, stop or `kill -9` at the site they name.
+Every SQL statement and every Kafka call is a site, numbered in the order of registration, with two sides: *before* it
+is sent and *after* its effect, when the reply may be lost. Production never sets `hook`; a visit then costs one
+comparison. Tests set it in the process they start (see tests/support) and raise, stop or `kill -9` at the site they
+name.
 """
 
 from collections.abc import Awaitable, Callable

@@ -56,7 +56,7 @@ class ShardUnavailable(OutboxError):
 
 
 class RestoreDetected(OutboxError):
-    """The database was restored, promoted or copied; nothing is published until `outbox adopt` says that this is wanted."""
+    """The database was restored, promoted or copied; nothing is published until `outbox adopt`."""
 
 
 class TopicMissing(OutboxError):

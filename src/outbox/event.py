@@ -39,7 +39,9 @@ class EventKind:
 
 
 class Event(BaseModel):
-    """A fact that a service publishes. Subclass it once per topic and once per type:
+    """A fact that a service publishes.
+
+    Subclass it once per topic and once per type:
 
         class AgentEvent(Event, topic="llm.agents"):
             agent_id: Key[UUID]
@@ -71,7 +73,7 @@ class Event(BaseModel):
         unknown = set(config) - set(ConfigDict.__annotations__)
         if unknown:
             raise TypeError(
-                f"{cls.__name__}: unknown class keyword {sorted(unknown)[0]!r}; "
+                f"{cls.__name__}: unknown class keyword {min(unknown)!r}; "
                 f"an event takes {', '.join(sorted(_CLASS_KEYWORDS))}"
             )
         super().__init_subclass__(**config)

@@ -1,8 +1,9 @@
 """The one door to Kafka: a producer that can be thrown away, reads of a topic's tail, and facts about topics.
 
 aiokafka is used through its batch interface: the relay fills a batch per partition, sends it and waits for its one
-acknowledgement. Each call is a crash site (see `crash_sites`). Errors are sorted into three kinds, because each has another
-answer: a record that cannot be published (park it), a producer that is finished (make another), and everything else (wait).
+acknowledgement. Each call is a crash site (see `crash_sites`). Errors are sorted into three kinds, because each has
+another answer: a record that cannot be published (park it), a producer that is finished (make another), and
+everything else (wait).
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
 
 import aiokafka
 from aiokafka import errors
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 KafkaError = errors.KafkaError
 UnknownTopicOrPartitionError = errors.UnknownTopicOrPartitionError
 TopicPartition = aiokafka.TopicPartition
+RebalanceListener = aiokafka.ConsumerRebalanceListener
 ConsumerRecord: TypeAlias = aiokafka.ConsumerRecord
 
 UNPUBLISHABLE: Final = (
@@ -208,7 +210,7 @@ class Tail:
             fetch_max_wait_ms=50,
         )
 
-    async def __aenter__(self) -> "Tail":
+    async def __aenter__(self) -> Self:
         """Connect."""
         async with asyncio.timeout(_START_TIMEOUT_SECONDS):
             await self._consumer.start()
@@ -243,7 +245,7 @@ class Tail:
                 for record in records:
                     if record.offset < open_ends[partition]:
                         yield record
-            # Transaction markers and compaction leave offsets without a record: the position tells, not the last record.
+            # Transaction markers and compaction leave offsets without a record: only the position tells.
             for partition in list(open_ends):
                 if await self._consumer.position(partition) >= open_ends[partition]:
                     del open_ends[partition]

@@ -1,4 +1,4 @@
-"""Every bound of the package in one place. A bound that a user may move is a field of `settings` with this as its default."""
+"""Every bound of the package in one place; one that a user may move is the default of a field of `settings`."""
 
 from typing import Final
 
@@ -24,6 +24,8 @@ BATCH_MAX_BYTES: Final = 900_000
 WINDOWS_KEPT: Final = 10_000
 GUARD_MAX_RECORDS: Final = 10_000_000
 """Records read by the restore guard before it gives up loudly."""
+
+PARKED_DETAIL_MAX_CHARACTERS: Final = 2_000
 
 # Consumers.
 CONSUMER_MAX_RECORDS: Final = 4_000

@@ -1,7 +1,8 @@
 """The life of the loops that a service embeds: start, run, drain, stop.
 
-`async with Relay(...)` starts the loop in the background; `await relay.run()` waits for its end and raises what ended it.
-A service that only enters the context (in its lifespan) need not call `run`; leaving the context drains and stops.
+`async with Relay(...)` starts the loop in the background; `await relay.run()` waits for its end and raises what ended
+it. A service that only enters the context (in its lifespan) need not call `run`; leaving the context drains and
+stops.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The one door to PostgreSQL: named statements, crash sites, and who may be called a `Db`.
 
-Statements live in a `.sql` file beside the module that uses them, one `-- name: ...` line in front of each. A statement is
-a constant of the program; values reach it as parameters only. Each is a crash site (see `crash_sites`).
+Statements live in a `.sql` file beside the module that uses them, one `-- name: ...` line in front of each. A
+statement is a constant of the program; values reach it as parameters only. Each is a crash site (see `crash_sites`).
 """
 
 import re
@@ -91,7 +91,7 @@ class Statements:
         stem = file.removesuffix(".sql").replace("/", ".")
         text = resources.files(package).joinpath(file).read_text(encoding="utf-8")
         self._statements = {
-            name: Statement(crash_sites.register(f"{package.split('.')[0]}.{stem}.{name}"), body)
+            name: Statement(crash_sites.register(f"{package.partition('.')[0]}.{stem}.{name}"), body)
             for name, body in _parse(text)
         }
 

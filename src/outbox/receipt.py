@@ -20,9 +20,9 @@ class Row(Protocol):
 class Receipt(str):
     """Where the events of a committed transaction stand in the log; safe to hand to a browser as a token.
 
-    It names, for each key, the log and the position of the transaction's last event. A cache has seen the transaction, as
-    far as one key goes, when the key's row was last written by that position or a later one. Positions are compared within
-    one key only; transaction ids are never compared.
+    It names, for each key, the log and the position of the transaction's last event. A cache has seen the
+    transaction, as far as one key goes, when the key's row was last written by that position or a later one.
+    Positions are compared within one key only; transaction ids are never compared.
     """
 
     __slots__ = ()
@@ -46,11 +46,9 @@ class Receipt(str):
     def _body(self) -> dict[str, Any]:
         try:
             body = json.loads(base64.urlsafe_b64decode(self + "=" * (-len(self) % 4)))
-            if not isinstance(body, dict) or not {"l", "t", "p"} <= body.keys():
-                raise ValueError("fields are missing")
-        except (ValueError, binascii.Error) as error:
+            return {"l": body["l"], "t": int(body["t"]), "p": dict(body["p"])}
+        except (ValueError, TypeError, KeyError, binascii.Error) as error:
             raise ReceiptUnavailable("this is no receipt: pass the value of tx.receipt unchanged") from error
-        return body
 
     @property
     def log_id(self) -> str:

@@ -126,10 +126,10 @@ _SAVEPOINT: Final = re.compile(
 class Transaction:
     """An open transaction that also emits events; made by `outbox.transaction`."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, buffer: Buffer) -> None:
         """For `transaction`; services do not construct it."""
         self._connection = connection
-        self._buffer = Buffer()
+        self._buffer = buffer
         self._loop = asyncio.get_running_loop()
         self._emitted = 0
         self._open = True
@@ -190,37 +190,31 @@ class Transaction:
         """As asyncpg's."""
         return await self._connection.fetchval(query, *args)
 
-    async def _flush(self) -> list[Record]:
-        """Insert what is buffered; the last statement of the unit of work."""
-        await asyncio.sleep(0)  # lets queued observations and emissions reach the buffer
-        events = self._buffer.drain()
-        if not events:
-            return []
-        try:
-            return await SQL.flush.fetch(
-                self._connection,
-                [e.topic for e in events],
-                [e.key for e in events],
-                [e.event_id for e in events],
-                [e.event_type for e in events],
-                [e.schema_version for e in events],
-                [e.headers for e in events],
-                [e.payload for e in events],
-            )
-        except postgres.PostgresError as error:
-            if error.sqlstate == postgres.TOO_LARGE:
-                raise RecordTooLarge(
-                    "payload", str(error), "raise the topic's max.message.bytes or send less"
-                ) from error
-            raise
-
-    def _settle(self, rows: list[Record]) -> None:
+    def close(self, receipt: Receipt | ReceiptUnavailable) -> None:
+        """For `transaction`: the block has ended, with this receipt or the reason why there is none."""
         self._open = False
-        self._receipt = Receipt.of(rows)
+        self._receipt = receipt
 
-    def _abandon(self) -> None:
-        self._open = False
-        self._receipt = ReceiptUnavailable("the transaction was rolled back: nothing was emitted")
+
+async def _flush(connection: Connection, events: list[Emission]) -> list[Record]:
+    """Insert the events; the last statement of the unit of work."""
+    if not events:
+        return []
+    try:
+        return await SQL.flush.fetch(
+            connection,
+            [e.topic for e in events],
+            [e.key for e in events],
+            [e.event_id for e in events],
+            [e.event_type for e in events],
+            [e.schema_version for e in events],
+            [e.headers for e in events],
+            [e.payload for e in events],
+        )
+    except postgres.PostgresError as error:
+        if error.sqlstate == postgres.TOO_LARGE:
+            raise RecordTooLarge("payload", str(error), "raise the topic's max.message.bytes or send less") from error
+        raise
 
 
 Db: TypeAlias = Pool | Connection | Transaction
@@ -230,29 +224,31 @@ Db: TypeAlias = Pool | Connection | Transaction
 async def transaction(db: Db) -> AsyncIterator[Transaction]:
     """Open a unit of work: on a pool a transaction of its own; on a connection or another unit of work, inside theirs.
 
-    With a pool, or a connection that has no transaction open, the block's end flushes the events and commits. Inside a
-    caller's transaction the block is a savepoint, its end flushes, and the caller commits. Inside another unit of work the
-    block is a savepoint whose events join the outer flush.
+    With a pool, or a connection that has no transaction open, the block's end flushes the events and commits. Inside
+    a caller's transaction the block is a savepoint, its end flushes, and the caller commits. Inside another unit of
+    work the block is a savepoint whose events join the outer flush.
 
-    Raises:
-        EmitError: from `emit`, or at the end where only the database knows (the topic's own limit); nothing is committed.
+    Raises: EmitError: from `emit`, or at the end where only the database knows (the topic's own limit); nothing is
+    committed.
     """
     if isinstance(db, Transaction):
         async with db.connection.transaction():
             yield db
         return
     async with postgres.acquire(db) as connection:
-        unit = Transaction(connection)
+        buffer = Buffer()
+        unit = Transaction(connection, buffer)
         rows: list[Record] = []
         try:
             async with connection.transaction():
-                stop_observing = postgres.on_savepoints(connection, unit._buffer.observe)
+                stop_observing = postgres.on_savepoints(connection, buffer.observe)
                 try:
                     yield unit
-                    rows = await unit._flush()
+                    await asyncio.sleep(0)  # lets queued observations and emissions reach the buffer
+                    rows = await _flush(connection, buffer.drain())
                 finally:
                     stop_observing()
         except BaseException:
-            unit._abandon()
+            unit.close(ReceiptUnavailable("the transaction was rolled back: nothing was emitted"))
             raise
-        unit._settle(rows)
+        unit.close(Receipt.of(rows))

@@ -1,7 +1,8 @@
 """Rows of the log to Kafka records and back: CloudEvents headers in binary mode, and `ob-pos`.
 
-`ob-pos` is log id / shard / window / ordinal / position / transaction id. A window that is replayed after a crash carries
-the same values again, so (window, ordinal) within one log and shard tells a consumer what it has applied already.
+`ob-pos` is log id / shard / window / ordinal / position / transaction id. A window that is replayed after a crash
+carries the same values again, so (window, ordinal) within one log and shard tells a consumer what it has applied
+already.
 """
 
 from collections.abc import Iterable, Sequence

@@ -7,14 +7,14 @@
 
 Guarantees:
 
-* Every committed event reaches Kafka: a window is what became visible between two snapshots, and the next one starts where
-  the last logged one ended (`window`).
-* Per key, first occurrences arrive in causal order: rows are ordered by position, a partition has one unacknowledged batch,
-  and nothing follows a failed one (`publish`).
-* Duplicates come only from a failure, at most `windows_in_flight` x `window_max_events` a failure and shard, and they carry
-  the positions of the first delivery.
-* A zombie cannot log what its successor has not (`lease`), and a restored database publishes nothing until somebody says
-  so (`restore`).
+* Every committed event reaches Kafka: a window is what became visible between two snapshots, and the next one starts
+  where the last logged one ended (`window`).
+* Per key, first occurrences arrive in causal order: rows are ordered by position, a partition has one unacknowledged
+  batch, and nothing follows a failed one (`publish`).
+* Duplicates come only from a failure, at most `windows_in_flight` x `window_max_events` a failure and shard, and they
+  carry the positions of the first delivery.
+* A zombie cannot log what its successor has not (`lease`), and a restored database publishes nothing until somebody
+  says so (`restore`).
 * A key that cannot be published is parked; the others go on (`publish`, `parking`).
 """
 
@@ -27,7 +27,7 @@ from outbox.errors import RestoreDetected, ShardUnavailable
 from outbox.loop import Loop
 from outbox.postgres import Pool
 from outbox.relay.lease import shards
-from outbox.relay.shard import Shard
+from outbox.relay.shard import Shard, Surroundings
 from outbox.settings import Settings
 from outbox.upkeep import migrate
 
@@ -55,9 +55,9 @@ class Relay(Loop):
         """
         self._settings = settings or Settings()
         super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds)
-        self._pool = db
-        self._servers = kafka
-        self._owner = uuid4()
+        self._around = Surroundings(
+            pool=db, servers=kafka, settings=self._settings, owner=uuid4(), stopping=self._stopping
+        )
 
     async def _main(self) -> None:
         """Serve all shards until told to stop.
@@ -66,16 +66,16 @@ class Relay(Loop):
             NotMigrated: the database lacks the log.
             RestoreDetected: a shard's guard refused; an operator has to decide.
         """
-        await migrate.check(self._pool)
+        await migrate.check(self._around.pool)
         try:
             async with asyncio.TaskGroup() as group:
-                for number in await shards(self._pool):
+                for number in await shards(self._around.pool):
                     group.create_task(self._keep_serving(number), name=f"relay of shard {number}")
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
 
     async def _keep_serving(self, number: int) -> None:
-        shard = Shard(number, self._pool, self._servers, self._settings, self._owner, self._stopping)
+        shard = Shard(number, self._around)
         pauses = retry.backoff(maximum=self._settings.lease_seconds)
         while not self._stopping.is_set():
             try:

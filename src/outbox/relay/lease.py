@@ -1,10 +1,10 @@
 """Shard ownership: one relay at a time, for as long as it renews.
 
-The database's clock grants the lease, this process's monotonic clock ends it: the local deadline counts from *before* the
-request was sent, so it always falls before the database's. Past it the relay stops by itself, without asking. A process
-that was stopped (SIGSTOP, a hung host) and goes on later finds its deadline past, and its epoch outdated: whatever it still
-tries to log is refused by the database (`outbox.lock_shard`). Only bytes that it had handed to Kafka before can arrive
-late; our consumers drop them by position.
+The database's clock grants the lease, this process's monotonic clock ends it: the local deadline counts from *before*
+the request was sent, so it always falls before the database's. Past it the relay stops by itself, without asking. A
+process that was stopped (SIGSTOP, a hung host) and goes on later finds its deadline past, and its epoch outdated:
+whatever it still tries to log is refused by the database (`outbox.lock_shard`). Only bytes that it had handed to
+Kafka before can arrive late; our consumers drop them by position.
 
 A crash leaves the lease to run out (`lease_seconds`); SIGTERM releases it at once.
 """

@@ -1,16 +1,16 @@
 """Publishing: per partition one unacknowledged batch, in order, until Kafka has it.
 
-A window's rows are dealt to *lanes*, one a (topic, partition). A lane sends one batch and waits for its acknowledgement
-before it builds the next; other lanes go on. That is the fail-stop that order needs: after a failed batch nothing of the
-partition follows until the same records have been taken.
+A window's rows are dealt to *lanes*, one a (topic, partition). A lane sends one batch and waits for its
+acknowledgement before it builds the next; other lanes go on. That is the fail-stop that order needs: after a failed
+batch nothing of the partition follows until the same records have been taken.
 
 What a failure does:
 
-* Kafka refuses a batch for what it contains: the lane halves the batch until one record is found, parks that record's key
-  (in the database, under the shard's lock), leaves the key's later records out, and goes on.
-* Anything else (a dead broker, an expired batch, a producer fenced or out of sequence): it is not known whether the batch
-  was written. The producer is thrown away, another one is made, and the lane goes on at its first unconfirmed record. The
-  records carry the same positions, so our consumers drop what arrives twice.
+* Kafka refuses a batch for what it contains: the lane halves the batch until one record is found, parks that record's
+  key (in the database, under the shard's lock), leaves the key's later records out, and goes on.
+* Anything else (a dead broker, an expired batch, a producer fenced or out of sequence): it is not known whether the
+  batch was written. The producer is thrown away, another one is made, and the lane goes on at its first unconfirmed
+  record. The records carry the same positions, so our consumers drop what arrives twice.
 * The lease runs out: nothing more is sent; the successor replays.
 
 A window is done when all of its lanes are. `done_through` is the largest n with all windows up to n done.
@@ -27,14 +27,12 @@ from typing import Final
 from outbox import clock, kafka, retry, wire
 from outbox.postgres import Record
 from outbox.relay.lease import Lease
-from outbox.relay.window import Offsets, Window
-from outbox.wire import Header
+from outbox.relay.window import Offsets, Origin, Progress, Window
 
 log = logging.getLogger(__name__)
 
 Entry = tuple[int, Record]
-Park = Callable[[int, int, str, str, BaseException], Awaitable[None]]
-"""(window number, ordinal, topic, key, error)"""
+Park = Callable[[Origin, BaseException], Awaitable[None]]
 
 _KEYS_REMEMBERED_MAX: Final = 131_072
 
@@ -71,7 +69,7 @@ class Publisher:
         self._park = park
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._lane_of_key: dict[str, dict[str, _Lane]] = {}
-        self._type_headers: dict[tuple[str, int], list[Header]] = {}
+        self._type_headers: dict[tuple[str, int], list[wire.Header]] = {}
         self._parked: set[tuple[str, str]] = set()
         self._open: dict[int, int] = {}
         """Window number to lanes that are not through with it."""
@@ -97,13 +95,13 @@ class Publisher:
         """Windows submitted and not done."""
         return len(self._open)
 
-    def take_offsets(self) -> Offsets:
-        """Next offsets that changed since the last call; to be persisted with `done_through`."""
+    def take_progress(self) -> Progress:
+        """What is done, and the next offsets that changed since the last call; to be persisted together."""
         changed, self._next_offsets = self._next_offsets, {}
-        return changed
+        return Progress(self.done_through, changed)
 
     def give_back(self, offsets: Offsets) -> None:
-        """Keep offsets whose persistence failed."""
+        """Keep offsets that were not persisted."""
         for topic, by_partition in offsets.items():
             self._next_offsets[topic] = by_partition | self._next_offsets.get(topic, {})
 
@@ -226,7 +224,7 @@ class Publisher:
         self._lease.check()
         topic, key = row["topic"], row["key"]
         log.error("parked key %r of topic %s: event %s cannot be published: %r", key, topic, row["event_id"], error)
-        await self._park(window_no, ordinal, topic, key, error)
+        await self._park(Origin(window_no, ordinal, topic, key), error)
         self._parked.add((topic, key))
 
     @staticmethod

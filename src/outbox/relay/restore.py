@@ -1,15 +1,15 @@
 """The restore guard, and adoption.
 
-A database that was restored from a backup, promoted from a standby or copied still holds windows, positions and transaction
-ids of its former life. Publishing from it could repeat positions for other events, or skip events for ever. So a relay
-refuses to start where the system identifier, the database's oid or the timeline differ from those of the log, and where
-Kafka holds records of this log from windows that the database has never logged: a copied data directory keeps all three
-identifiers, and only the records tell.
+A database that was restored from a backup, promoted from a standby or copied still holds windows, positions and
+transaction ids of its former life. Publishing from it could repeat positions for other events, or skip events for
+ever. So a relay refuses to start where the system identifier, the database's oid or the timeline differ from those of
+the log, and where Kafka holds records of this log from windows that the database has never logged: a copied data
+directory keeps all three identifiers, and only the records tell.
 
-Adoption is the operator's word that this database goes on. In one transaction it blocks emits, gives rows that were not
-logged yet the id of that transaction, leaves out those that Kafka turns out to have, and opens a new log whose ordinal
-outranks the former. Windows logged before are replayed under their own log id, if they were not done. A crash before the
-commit changes nothing; a second adoption opens one more log, which does no harm.
+Adoption is the operator's word that this database goes on. In one transaction it blocks emits, gives rows that were
+not logged yet the id of that transaction, leaves out those that Kafka turns out to have, and opens a new log whose
+ordinal outranks the former. Windows logged before are replayed under their own log id, if they were not done. A crash
+before the commit changes nothing; a second adoption opens one more log, which does no harm.
 """
 
 import json
@@ -102,7 +102,7 @@ async def check_identity(connection: Connection) -> None:
 async def look_ahead(
     connection: Connection, servers: str, partition_counts: dict[str, int], known: Offsets
 ) -> tuple[list[Ahead], Offsets]:
-    """Records of our logs beyond the last logged windows, read from `known` (or the topics' start) to the present end."""
+    """Records of our logs beyond the last logged windows, from `known` (or the topics' start) to the present end."""
     logged = {(row["log_id"], row["shard"]): row["window_no"] for row in await SQL.last_windows.fetch(connection)}
     logs = {log_id for log_id, _ in logged}
     row = await SQL.identity.fetchrow(connection)
@@ -123,7 +123,7 @@ async def look_ahead(
                 read += 1
                 if read > limits.GUARD_MAX_RECORDS:
                     raise RestoreDetected(
-                        f"more than {limits.GUARD_MAX_RECORDS} records lie beyond the known offsets of {topic}: {_REMEDY}"
+                        f"over {limits.GUARD_MAX_RECORDS} records lie beyond the known offsets of {topic}: {_REMEDY}"
                     )
                 envelope = wire.envelope_of(record.headers)
                 at = envelope.position

@@ -1,8 +1,8 @@
 """One shard, from taking its lease to losing it.
 
-A *tenure* is: take the lease, run the restore guard, replay what was logged and not done, then read, log, publish. Any
-error ends the tenure, and the next one starts from the database's state; nothing is carried over in memory. What a crash
-does at each step:
+A *tenure* is: take the lease, run the restore guard, replay what was logged and not done, then read, log, publish.
+Any error ends the tenure, and the next one starts from the database's state; nothing is carried over in memory. What
+a crash does at each step:
 
 * before the window is logged: nothing was published; the rows are read again, perhaps in a larger window;
 * after it is logged, before or while it is published: the same window is replayed, at most `windows_in_flight` of them;
@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
@@ -25,7 +26,7 @@ from outbox.relay.lease import Lease
 from outbox.relay.publish import Publisher
 from outbox.relay.topics import Topics
 from outbox.relay.wakeup import Wakeup
-from outbox.relay.window import Span, Window
+from outbox.relay.window import Origin, Progress, Span, Window
 from outbox.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,19 +35,24 @@ _PERSIST_AFTER_SECONDS: Final = 1.0
 _MISSING_TOPIC_PAUSE_SECONDS: Final = 0.5
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What all shards of one relay share."""
+
+    pool: Pool
+    servers: str
+    settings: Settings
+    owner: UUID
+    stopping: asyncio.Event
+
+
 class Shard:
     """The relay's work on one shard."""
 
-    def __init__(
-        self, number: int, pool: Pool, servers: str, settings: Settings, owner: UUID, stopping: asyncio.Event
-    ) -> None:
-        """For shard `number`, as relay `owner`, until `stopping` is set."""
-        self.number = number
-        self._pool = pool
-        self._servers = servers
-        self._settings = settings
-        self._owner = owner
-        self._stopping = stopping
+    def __init__(self, number: int, around: Surroundings) -> None:
+        """For shard `number`, until `around.stopping` is set."""
+        self._number = number
+        self._around = around
 
     async def tenure(self) -> bool:
         """Serve the shard once; False at once when somebody else holds it, True after SIGTERM.
@@ -56,13 +62,14 @@ class Shard:
             RestoreDetected: the guard refuses.
             PostgresError, KafkaError, OSError, TimeoutError: a server failed; the next tenure starts from its state.
         """
-        async with postgres.acquire(self._pool) as connection:
-            lease = await Lease.take(connection, self.number, self._owner, self._settings.lease_seconds)
+        around = self._around
+        async with postgres.acquire(around.pool) as connection:
+            lease = await Lease.take(connection, self._number, around.owner, around.settings.lease_seconds)
             if lease is None:
                 return False
-            log.info("shard %s: lease taken, epoch %s", self.number, lease.epoch)
-            keeping = asyncio.create_task(lease.keep(self._pool), name=f"lease of shard {self.number}")
-            serving = asyncio.create_task(self._serve(connection, lease), name=f"shard {self.number}")
+            log.info("shard %s: lease taken, epoch %s", self._number, lease.epoch)
+            keeping = asyncio.create_task(lease.keep(around.pool), name=f"lease of shard {self._number}")
+            serving = asyncio.create_task(self._serve(connection, lease), name=f"shard {self._number}")
             try:
                 await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -77,9 +84,9 @@ class Shard:
 
     async def _serve(self, connection: Connection, lease: Lease) -> None:
         await window.SQL.prepare_session.execute(connection)
-        producer = kafka.Producer(self._servers, self._settings)
+        producer = kafka.Producer(self._around.servers, self._around.settings)
         try:
-            await _Tenure(self, connection, lease, producer).serve()
+            await _Tenure(self._around, connection, lease, producer).serve()
         finally:
             await producer.stop()
 
@@ -87,14 +94,15 @@ class Shard:
 class _Tenure:
     """State that lives as long as one lease."""
 
-    def __init__(self, shard: Shard, connection: Connection, lease: Lease, producer: kafka.Producer) -> None:
-        self._shard = shard
-        self._settings = shard._settings
-        self._pool = shard._pool
+    def __init__(self, around: Surroundings, connection: Connection, lease: Lease, producer: kafka.Producer) -> None:
+        self._settings = around.settings
+        self._pool = around.pool
+        self._servers = around.servers
+        self._stopping = around.stopping
         self._connection = connection
         self._lease = lease
         self._producer = producer
-        self._topics = Topics(self._pool, shard._servers, producer)
+        self._topics = Topics(self._pool, self._servers, producer)
         self._wakeup = Wakeup(connection, lease.shard, self._settings)
         self._persisted_through = 0
         self._persist_at: float | None = None
@@ -104,7 +112,7 @@ class _Tenure:
         await self._wakeup.listen()
         await self._topics.load()
         resume = await window.load(self._connection, self._lease.shard)
-        ends = await restore.guard(self._connection, self._shard._servers, self._topics.counts, resume.next_offsets)
+        ends = await restore.guard(self._connection, self._servers, self._topics.counts, resume.next_offsets)
         source = self._settings.source or resume.source
         self._publisher = Publisher(
             self._producer, self._lease, source, self._park, self._settings.missing_topic_seconds
@@ -118,7 +126,7 @@ class _Tenure:
             await self._replay()
             if resume.rest is not None:
                 await self._page(resume.rest)
-            while not self._shard._stopping.is_set():
+            while not self._stopping.is_set():
                 await self._step()
             await self._publisher.room(1)
             await self._persist()
@@ -128,7 +136,7 @@ class _Tenure:
             await self._wakeup.close()
 
     async def _wake_when_stopping(self) -> None:
-        await self._shard._stopping.wait()
+        await self._stopping.wait()
         self._wakeup.wake()
 
     async def _replay(self) -> None:
@@ -153,25 +161,23 @@ class _Tenure:
 
     async def _page(self, rest: Span | None) -> None:
         """Backlog mode: one snapshot, a window a page."""
-        async with window.backlog(self._pool, self._lease.shard, self._cursor, rest) as backlog:
-            async with aclosing(backlog.pages(self._settings.window_max_events)) as pages:
-                async for span, rows in pages:
-                    await self._publisher.room(self._settings.windows_in_flight)
-                    await self._log(span, rows)
-                    if self._shard._stopping.is_set():
-                        return
+        size = self._settings.window_max_events
+        async with (
+            window.backlog(self._pool, self._lease.shard, self._cursor, rest) as backlog,
+            aclosing(backlog.pages(size)) as pages,
+        ):
+            async for span, rows in pages:
+                await self._publisher.room(self._settings.windows_in_flight)
+                await self._log(span, rows)
+                if self._stopping.is_set():
+                    return
 
     async def _log(self, span: Span, rows: Sequence[Record]) -> None:
         self._lease.check()
-        offsets = self._publisher.take_offsets()
-        done_through = self._publisher.done_through
-        try:
-            diverted = await window.log(self._connection, self._lease, self._number + 1, span, done_through, offsets)
-        except BaseException:
-            self._publisher.give_back(offsets)
-            raise
+        progress = self._publisher.take_progress()
+        diverted = await window.log(self._connection, self._lease, self._number + 1, span, progress)
         self._number += 1
-        self._persisted(done_through)
+        self._persisted(progress)
         if span.through is None:
             self._cursor = span.s2
         entries = list(enumerate(rows, 1))
@@ -206,14 +212,14 @@ class _Tenure:
                 await asyncio.sleep(_MISSING_TOPIC_PAUSE_SECONDS)
                 self._lease.check()
 
-    async def _park(self, window_no: int, ordinal: int, topic: str, key: str, error: BaseException) -> None:
+    async def _park(self, origin: Origin, error: BaseException) -> None:
         async with postgres.acquire(self._pool) as connection:
-            await window.park(connection, self._lease, window_no, ordinal, topic, key, error)
+            await window.park(connection, self._lease, origin, error)
 
     # -------------------------------------------------------------------------------------------- done_through
 
-    def _persisted(self, done_through: int) -> None:
-        self._persisted_through, self._persist_at = done_through, None
+    def _persisted(self, progress: Progress) -> None:
+        self._persisted_through, self._persist_at = progress.done_through, None
 
     async def _persist_if_due(self) -> None:
         if self._publisher.done_through > self._persisted_through:
@@ -231,14 +237,9 @@ class _Tenure:
         return max(self._persist_at - clock.monotonic(), 0.0)
 
     async def _persist(self) -> None:
-        offsets = self._publisher.take_offsets()
-        done_through = self._publisher.done_through
-        try:
-            await window.log_done(self._connection, self._lease, done_through, offsets)
-        except BaseException:
-            self._publisher.give_back(offsets)
-            raise
-        self._persisted(done_through)
+        progress = self._publisher.take_progress()
+        await window.log_done(self._connection, self._lease, progress)
+        self._persisted(progress)
 
 
 def _missing(topic: str) -> errors.OutboxError:

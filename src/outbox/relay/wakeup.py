@@ -1,9 +1,10 @@
 """Polling while there is work, waiting for a notification while there is none.
 
-Going idle, in this order: LISTEN (once, when the tenure begins); take the shard's advisory lock exclusively; read once
-more; wait. A writer tries the same lock, shared, in every emit statement, and notifies only if it fails. So a commit that
-the last read missed either held the shared lock, and the relay did not go idle, or failed to get it, and notifies: the
-locks are released after the commit has become visible. Under load nobody notifies, and nobody waits for the other.
+Going idle, in this order: LISTEN (once, when the tenure begins); take the shard's advisory lock exclusively; read
+once more; wait. A writer tries the same lock, shared, in every emit statement, and notifies only if it fails. So a
+commit that the last read missed either held the shared lock, and the relay did not go idle, or failed to get it, and
+notifies: the locks are released after the commit has become visible. Under load nobody notifies, and nobody waits for
+the other.
 
 The safety poll covers what no protocol can: a half-open connection that delivers nothing.
 """

@@ -1,12 +1,13 @@
 """Windows: what became visible between two snapshots, ordered by position, logged before it is published.
 
-A window (s1, s2] holds the events visible in s2 that were not visible in s1. Nothing can fall between two windows, however
-long a writer stays open, and within one key the order is causal, because the insert happens under the row's lock. A window
-that does not fit in `window_max_events` is read through a cursor in one snapshot (backlog mode), a window a page.
+A window (s1, s2] holds the events visible in s2 that were not visible in s1. Nothing can fall between two windows,
+however long a writer stays open, and within one key the order is causal, because the insert happens under the row's
+lock. A window that does not fit in `window_max_events` is read through a cursor in one snapshot (backlog mode), a
+window a page.
 
-The row in `outbox.windows` is written before the first record reaches Kafka. A crash after it replays the same rows with
-the same ordinals, a crash before it reads the window again: nothing was published yet. An empty read moves nothing: were s1
-advanced in memory only, a server crash could hand out transaction ids below it again.
+The row in `outbox.windows` is written before the first record reaches Kafka. A crash after it replays the same rows
+with the same ordinals, a crash before it reads the window again: nothing was published yet. An empty read moves
+nothing: were s1 advanced in memory only, a server crash could hand out transaction ids below it again.
 """
 
 import asyncio
@@ -44,6 +45,24 @@ class Window:
     number: int
     log_id: str
     entries: Sequence[tuple[int, Record]]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What Kafka has acknowledged since it was last persisted."""
+
+    done_through: int
+    next_offsets: Offsets
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """One record's place: window and ordinal, and the key that it belongs to."""
+
+    window_no: int
+    ordinal: int
+    topic: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,45 +168,27 @@ async def unfinished(connection: Connection, shard: int, done_through: int) -> A
         yield Window(row["window_no"], row["log_id"], [(entry["ordinal"], entry) for entry in rows])
 
 
-async def log(
-    connection: Connection, lease: Lease, number: int, span: Span, done_through: int, next_offsets: Offsets
-) -> Collection[int]:
-    """Log a window, and on the way what is done; the positions of parked keys, which are not to be published, come back."""
+async def log(connection: Connection, lease: Lease, number: int, span: Span, progress: Progress) -> Collection[int]:
+    """Log a window, and on the way what is done; the positions not to publish, of parked keys, come back."""
     diverted: list[int] = await SQL.log.fetchval(
-        connection, lease.shard, lease.epoch, done_through, _offsets_out(next_offsets),
+        connection, lease.shard, lease.epoch, progress.done_through, _offsets_out(progress.next_offsets),
         number, span.s1, span.s2, span.after, span.through,
     )  # fmt: skip
     return frozenset(diverted)
 
 
-async def log_done(connection: Connection, lease: Lease, done_through: int, next_offsets: Offsets) -> None:
+async def log_done(connection: Connection, lease: Lease, progress: Progress) -> None:
     """Persist what is done, and forget windows far behind it."""
-    await SQL.done.execute(
-        connection, lease.shard, lease.epoch, done_through, _offsets_out(next_offsets), limits.WINDOWS_KEPT
-    )
+    offsets = _offsets_out(progress.next_offsets)
+    await SQL.done.execute(connection, lease.shard, lease.epoch, progress.done_through, offsets, limits.WINDOWS_KEPT)
 
 
-async def park(
-    connection: Connection,
-    lease: Lease,
-    window_no: int,
-    ordinal: int,
-    topic: str,
-    key: str,
-    error: BaseException,
-) -> int:
+async def park(connection: Connection, lease: Lease, origin: Origin, error: BaseException) -> int:
     """Park a key from one record of a logged window on; how many events were set aside comes back."""
     moved: int = await SQL.park.fetchval(
-        connection,
-        lease.shard,
-        lease.epoch,
-        topic,
-        key,
-        window_no,
-        ordinal,
-        type(error).__name__,
-        str(error)[:2000],
-    )
+        connection, lease.shard, lease.epoch, origin.topic, origin.key, origin.window_no, origin.ordinal,
+        type(error).__name__, str(error)[: limits.PARKED_DETAIL_MAX_CHARACTERS],
+    )  # fmt: skip
     return moved
 
 

@@ -1,0 +1,152 @@
+"""A page of documentation as one session: its fenced blocks run from top to bottom.
+
+What a block is follows from its language:
+
+    python    runs in the page's namespace, where `pool` and `workflow_pool` are open and `kafka` is known; may await
+    sql       is executed in llm_agent_db
+    console   a line after `$` is a command, run in the repository; the lines under it must appear in its output in that
+              order, and `...` in them stands for anything
+    text      nobody types it; also json, ini and yaml
+
+An HTML comment in front of a block says more where that is not enough:
+
+    <!-- test: program -->      python: a whole program, run as a process that finds no servers in its environment
+    <!-- test: workflow_db -->  sql: for the other database
+    <!-- test: until shown -->  console: the command runs on; it gets SIGTERM when it has printed the lines under it
+    <!-- test: dry -->          console: make is only asked what it would do
+"""
+
+import ast
+import asyncio
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from outbox import Pool
+
+ROOT: Final = Path(__file__).parents[2]
+SILENT: Final = frozenset({"text", "json", "ini", "yaml"})
+SERVERS: Final = frozenset({"DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS"})
+
+_BLOCK: Final = re.compile(
+    r"^(?:<!-- test: (?P<test>[\w ]+) -->\n+)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block."""
+
+    line: int
+    language: str
+    test: str | None
+    body: str
+
+    def commands(self) -> Iterator[tuple[str, str]]:
+        """Each command of a console block with the output shown under it."""
+        for part in re.split(r"^\$ ", self.body, flags=re.MULTILINE)[1:]:
+            command, _, output = part.replace("\\\n", "").partition("\n")
+            yield command.partition("  #")[0].strip(), output
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(text.count("\n", 0, match.start("body")) + 1, match["language"], match["test"], match["body"])
+        for match in _BLOCK.finditer(text)
+    ]
+
+
+def shows(output: str, expected: str) -> bool:
+    """Whether the expected lines appear in the output in their order."""
+    lines = [re.escape(line.strip()).replace(r"\.\.\.", ".*") for line in expected.splitlines() if line.strip()]
+    return re.search(r"(?s:.*)".join(lines), output) is not None
+
+
+class Session:
+    """Runs the blocks of one page."""
+
+    def __init__(
+        self, page: Path, urls: Mapping[str, str], pools: Mapping[str, Pool], kafka: str, folder: Path
+    ) -> None:
+        """`urls` and `pools` name llm_agent_db and workflow_db; programs are written to `folder`."""
+        self._page = page
+        self._pools = pools
+        self._program_file = folder / "program.py"
+        self._environment = {
+            **os.environ,
+            "DATABASE_URL": urls["llm_agent_db"],
+            "KAFKA_BOOTSTRAP_SERVERS": kafka,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "NO_COLOR": "1",
+            "COLUMNS": "120",
+        }
+        self._names: dict[str, Any] = {
+            "__name__": page.stem,
+            "pool": pools["llm_agent_db"],
+            "workflow_pool": pools["workflow_db"],
+            "kafka": kafka,
+        }
+
+    async def run(self, block: Block) -> None:
+        """Run one block.
+
+        Raises:
+            AssertionError: it did not do what the page says.
+        """
+        match block.language, block.test:
+            case "python", None:
+                await self._python(block)
+            case "python", "program":
+                self._program_file.write_text(block.body, encoding="utf-8")
+                own = {name: value for name, value in self._environment.items() if name not in SERVERS}
+                await _command([sys.executable, str(self._program_file)], own, "", until_shown=False)
+            case "sql", database:
+                await self._pools[database or "llm_agent_db"].execute(block.body)
+            case "console", test:
+                for command, expected in block.commands():
+                    shell = f"{command} --dry-run" if test == "dry" else f"exec {command}"
+                    await _command(
+                        ["bash", "-c", shell], self._environment, expected, until_shown=test == "until shown"
+                    )
+            case language, _:
+                assert language in SILENT, (
+                    f"a block of {language!r} cannot be tested; fence it as text if nobody types it"
+                )
+
+    async def _python(self, block: Block) -> None:
+        aligned = "\n" * (block.line - 1) + block.body  # tracebacks then name the page's lines
+        code = compile(aligned, str(self._page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        result = eval(code, self._names)  # noqa: S307 - our own pages
+        if inspect.isawaitable(result):
+            await result
+
+
+async def _command(command: list[str], environment: Mapping[str, str], expected: str, *, until_shown: bool) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output = ""
+    try:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            output += line.decode()
+            if until_shown and shows(output, expected):
+                process.send_signal(signal.SIGTERM)
+                until_shown = False
+        status = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert status == 0, f"{command[-1]} ended with {status}:\n{output}"
+    assert shows(output, expected), f"{command[-1]} printed\n{output}\ninstead of\n{expected}"

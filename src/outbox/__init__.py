@@ -1,6 +1,16 @@
 """Transactional outbox, its relay to Kafka, and caches fed from it."""
 
-from outbox.errors import EmitError, OutboxError, RecordTooLarge, RestoreDetected
+from outbox.cache import DELETE, Cache, Delete, Duration, Patch
+from outbox.consumer import Consumer
+from outbox.errors import (
+    CacheDeclarationError,
+    EmitError,
+    OutboxError,
+    ParkingFull,
+    RecordTooLarge,
+    RestoreDetected,
+    WaitTimeout,
+)
 from outbox.event import Event, Key
 from outbox.postgres import Connection, Pool
 from outbox.receipt import Receipt
@@ -8,17 +18,26 @@ from outbox.relay import Relay
 from outbox.transaction import Db, Transaction, transaction
 
 __all__ = [
+    "DELETE",
+    "Cache",
+    "CacheDeclarationError",
     "Connection",
+    "Consumer",
     "Db",
+    "Delete",
+    "Duration",
     "EmitError",
     "Event",
     "Key",
     "OutboxError",
+    "ParkingFull",
+    "Patch",
     "Pool",
     "Receipt",
     "RecordTooLarge",
     "Relay",
     "RestoreDetected",
     "Transaction",
+    "WaitTimeout",
     "transaction",
 ]

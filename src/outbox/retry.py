@@ -20,8 +20,10 @@ _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "57", "58"})
 """Connection, transaction rollback, resources, operator intervention, system."""
 _TRANSIENT_STATES: Final = frozenset({"55P03"})
 """Lock not available. The rest of class 55 is a wrong set-up."""
-_DATA_CLASSES: Final = frozenset({"22", "23"})
-"""Data exception, integrity constraint violation."""
+_DATA_CLASSES: Final = frozenset({"21", "22", "23"})
+"""Cardinality violation (one row twice in a statement), data exception, integrity constraint violation."""
+_DATA_STATES: Final = frozenset({"P0001"})
+"""Raised by a trigger or function of the user's."""
 
 _INITIAL_SECONDS: Final = 0.05
 
@@ -38,13 +40,11 @@ def is_data(error: BaseException) -> bool:
     """Whether a value was refused: by the server, or by the driver before it was sent (a `ValueError`)."""
     state = postgres.sqlstate(error)
     if state is not None:
-        return state[:2] in _DATA_CLASSES
+        return state[:2] in _DATA_CLASSES or state in _DATA_STATES
     return isinstance(error, ValueError)
 
 
-def backoff(
-    *, initial: float = _INITIAL_SECONDS, maximum: float = limits.BACKOFF_MAX_SECONDS
-) -> Iterator[float]:
+def backoff(*, initial: float = _INITIAL_SECONDS, maximum: float = limits.BACKOFF_MAX_SECONDS) -> Iterator[float]:
     """Delays without end, doubling from `initial` to `maximum` seconds, with jitter; anew after a success."""
     wait = _wait(initial, maximum)
     state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})

@@ -1,0 +1,193 @@
+"""A cache: a table of this service that follows the events of another one.
+
+    agents = Cache(CachedAgent, table="workflow_agent_cache", key="agent_id", topic="llm.agents")
+
+    @agents.on
+    def renamed(event: AgentRenamed) -> CachedAgent: ...
+
+A declaration holds no connection. `Consumer` feeds it; `get`, `get_many` and `wait_for` read it on whatever the
+caller has; `fold` runs its handlers without a database. The table belongs to the service: plain SQL reads it, and its
+migration calls `outbox.prepare_cache` for the columns that say which event each row is from.
+
+Guarantees:
+
+* The table equals the fold of the events that reached it, in order, each counted once, whatever was delivered twice,
+  late, or by a process that had lost its partition (`consumer.apply`).
+* A row never moves backwards, and what was deleted is not resurrected by an old event.
+* An event that cannot be applied sets its own key aside, and nobody else's (`consumer.poison`).
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+from uuid import UUID
+
+from pydantic import BaseModel, TypeAdapter
+
+from outbox import limits
+from outbox.cache import handlers, table
+from outbox.cache.effects import DELETE, Delete, Patch
+from outbox.cache.fold import Fault, Step, fold
+from outbox.cache.handlers import Handler, Shape
+from outbox.cache.merge import Merge
+from outbox.cache.read import Reader
+from outbox.errors import CacheDeclarationError
+from outbox.event import Event, key_text, kind_of
+from outbox.postgres import Connection, Pool
+from outbox.receipt import Receipt
+from outbox.transaction import Db, Transaction
+
+__all__ = ["DELETE", "Cache", "Delete", "Duration", "Patch"]
+
+E = TypeVar("E", bound=Event)
+Row = TypeVar("Row", bound=BaseModel)
+CacheKey: TypeAlias = UUID | str | int
+Duration: TypeAlias = float | timedelta
+"""Seconds, or a timedelta."""
+
+_RESERVED_NAMES: Final = frozenset({"relay"})
+
+
+class Cache(Generic[Row]):
+    """Declares a cache: rows of class `Row` in a table, kept by the handlers registered with `on`."""
+
+    def __init__(self, row: type[Row], *, table: str, key: str, topic: str) -> None:
+        """Declare it; usually a module's constant.
+
+        Args:
+            row: a pydantic model; a field is a column of the same name. A field `last_synced_at` is for readers only.
+            table: the service's table, exactly as it is called; `schema.table` where the search_path does not find it.
+            key: the field and column with the event's key; needs a primary key or a unique index of its own.
+            topic: where the events come from.
+
+        Raises:
+            CacheDeclarationError: the row class and the key do not fit together.
+        """
+        _check_declaration(row, table, key)
+        self.row: Final = row
+        self.table: Final = table
+        self.key: Final = key
+        self.topic: Final = topic
+        self.shape: Final = Shape(row, key)
+        self.handlers: Final[dict[str, Handler]] = {}
+        """By event type."""
+        self._reader: Reader[Row] | None = None
+
+    def on(self, handler: Callable[[E], Row | Patch | Delete]) -> Callable[[E], Row | Patch | Delete]:
+        """Register a handler for the event types in its annotation: one event class, or a union of them.
+
+        Handlers are pure: they look at the event and nothing else, because `fold` and every retry call them again.
+
+        Raises:
+            CacheDeclarationError: the annotations do not say enough, or an event type has a handler already.
+        """
+        for found in handlers.inspect_handler(handler, self.row, self.topic):
+            if found.kind.type in self.handlers:
+                other = self.handlers[found.kind.type].function
+                raise CacheDeclarationError(
+                    f"cache {self.table}: {found.kind.type} is handled by {getattr(other, '__qualname__', other)} "
+                    "already; one event has one effect, so merge the two handlers"
+                )
+            self.handlers[found.kind.type] = found
+        return handler
+
+    async def get(self, db: Db, key: CacheKey) -> Row | None:
+        """The row of a key, as the cache has it now."""
+        target = _target(db)
+        return await (await self._prepared(target)).one(target, self._key_text(key))
+
+    async def get_many(self, db: Db, keys: Iterable[CacheKey]) -> list[Row]:
+        """The rows of these keys that exist, in no order; at most `limits.GET_MANY_MAX_KEYS` keys.
+
+        Raises:
+            ValueError: more keys than that.
+        """
+        texts = {self._key_text(key) for key in keys}
+        if len(texts) > limits.GET_MANY_MAX_KEYS:
+            raise ValueError(f"get_many takes at most {limits.GET_MANY_MAX_KEYS} keys, not {len(texts)}: ask in parts")
+        target = _target(db)
+        return await (await self._prepared(target)).many(target, texts)
+
+    async def wait_for(self, db: Db, key: CacheKey, receipt: Receipt | str, *, timeout: Duration) -> Row | None:
+        """The row of a key once it has seen the transaction of a receipt; None if that deleted it.
+
+        A receipt without an event of this key says nothing about it: the row is returned as it is. Give a pool rather
+        than a connection: between two looks the connection is free for others.
+
+        Raises:
+            WaitTimeout: the row has not seen it in `timeout`. The transaction is in the log and will be.
+            ReceiptUnavailable: `receipt` is no receipt.
+        """
+        target = _target(db)
+        text = self._key_text(key)
+        receipt = receipt if isinstance(receipt, Receipt) else Receipt(receipt)
+        position = receipt.position(self.topic, text)
+        reader = await self._prepared(target)
+        if position is None:
+            return await reader.one(target, text)
+        return await reader.once_seen(target, text, receipt.log_id, position, _seconds(timeout))
+
+    def fold(self, events: Iterable[Event]) -> list[Row]:
+        """The rows after these events, from nothing, without a database; in the order of the keys' first events.
+
+        What a handler raises is raised here. A patch of a row that is not there has no effect, as in the table.
+
+        Raises:
+            CacheDeclarationError: a handler's answer does not fit; a consumer would park the event.
+        """
+        steps: dict[str, list[Step]] = {}
+        for event in events:
+            handler = self.handlers.get(kind_of(type(event)).type)
+            if handler is None:
+                continue
+            key = handlers.event_key(handler, event)
+            effect = self.shape.checked(handler.function(event), key)
+            if isinstance(effect, Fault):
+                raise CacheDeclarationError(f"{handler.kind.type} of {key}: {effect.reason}: {effect.detail}")
+            steps.setdefault(key, []).append(Step(effect, None))
+        rows = (fold(of_key).base for of_key in steps.values())
+        return [row for row in rows if isinstance(row, self.row)]
+
+    async def prepare(self, db: Pool | Connection) -> Merge:
+        """Check the declaration against the database and prepare the merge; for `Consumer`.
+
+        Raises:
+            CacheDeclarationError: the table does not fit.
+        """
+        return Merge(self.table, self.shape, await table.find(db, self.row, self.table, self.key))
+
+    async def _prepared(self, db: Pool | Connection) -> Reader[Row]:
+        if self._reader is None:
+            self._reader = Reader(self.table, self.row, await table.find(db, self.row, self.table, self.key))
+        return self._reader
+
+    def _key_text(self, key: CacheKey) -> str:
+        adapter: TypeAdapter[Any] = self.shape.adapter(self.key)
+        return key_text(adapter.validate_python(key))
+
+
+def _check_declaration(row: type[Any], table: str, key: str) -> None:
+    if not (inspect.isclass(row) and issubclass(row, BaseModel)):
+        raise CacheDeclarationError(f"cache {table}: {row!r} is no pydantic model; declare the row as a BaseModel")
+    if key not in row.model_fields:
+        raise CacheDeclarationError(f"cache {table}: {row.__name__} has no field {key!r}; name the key's column")
+    if table in _RESERVED_NAMES or not 1 <= len(table.encode()) <= 127:
+        raise CacheDeclarationError(f"cache {table!r}: not usable as a name; choose another table")
+    by_name = row.model_config.get("populate_by_name") or row.model_config.get("validate_by_name")
+    for name, field in row.model_fields.items():
+        if name.startswith("outbox_"):
+            raise CacheDeclarationError(f"cache {table}: field {name} has our prefix outbox_; choose another name")
+        if field.validation_alias is not None and not by_name:
+            raise CacheDeclarationError(
+                f"cache {table}: field {name} has an alias, and rows are read by column name; "
+                "set populate_by_name=True in the row's model_config"
+            )
+
+
+def _target(db: Db) -> Pool | Connection:
+    return db.connection if isinstance(db, Transaction) else db
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.total_seconds() if isinstance(duration, timedelta) else float(duration)

@@ -1,0 +1,149 @@
+"""Handlers of a cache: which event types they take, read from their annotations, and calling them.
+
+Declaring is checked at import; calling never raises: what goes wrong with one event is a `Fault` of that event.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Final, Union, get_args, get_origin
+from uuid import UUID
+
+from pydantic import BaseModel, TypeAdapter
+
+from outbox.cache.effects import DELETE, Delete, Patch
+from outbox.cache.fold import Effect, Fault
+from outbox.errors import CacheDeclarationError
+from outbox.event import Event, EventKind, key_text
+
+_HANDLER_SHAPE: Final = "write it as: def name(event: AnEvent) -> RowClass | Patch | Delete"
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """What happens with the events of one type."""
+
+    event_class: type[Event]
+    kind: EventKind
+    function: Callable[[Any], Any]
+
+
+class Shape:
+    """The row class of a cache, and how effects are checked against it."""
+
+    def __init__(self, row: type[BaseModel], key: str) -> None:
+        """For rows of class `row`, whose field `key` is the event's key."""
+        self.row = row
+        self.key = key
+        self._adapters: dict[str, TypeAdapter[Any]] = {}
+
+    def adapter(self, column: str) -> TypeAdapter[Any]:
+        """Checks and encodes values of one column."""
+        if column not in self._adapters:
+            field = self.row.model_fields[column]
+            self._adapters[column] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+        return self._adapters[column]
+
+    def checked(self, effect: object, key: str) -> Effect:
+        """What a handler returned for an event with this key, or why that will not do."""
+        if isinstance(effect, self.row):
+            value = getattr(effect, self.key)
+            text = str(value) if type(value) is UUID else key_text(value)
+            return effect if text == key else _mismatch(text, key)
+        if isinstance(effect, Patch):
+            text = key_text(effect.key)
+            return self._checked_patch(effect) if text == key else _mismatch(text, key)
+        if effect is DELETE:
+            return effect
+        return Fault("HandlerError", f"the handler returned {type(effect).__name__}, not a row, a Patch or DELETE")
+
+    def _checked_patch(self, patch: Patch) -> Effect:
+        unknown = patch.columns.keys() - self.row.model_fields.keys() | patch.columns.keys() & {self.key}
+        if unknown or not patch.columns:
+            problem = f"cannot change {sorted(unknown)}" if unknown else "changes nothing"
+            return Fault(
+                "HandlerError", f"the handler's Patch {problem}; name columns of {self.row.__name__}, not its key"
+            )
+        return Patch(
+            patch.key,
+            **{name: self.adapter(name).validate_python(value) for name, value in patch.columns.items()},
+        )
+
+
+def _mismatch(text: str, key: str) -> Fault:
+    return Fault("KeyMismatch", f"the handler answered for the row {text!r}, but the event's key is {key!r}")
+
+
+def call(handler: Handler, shape: Shape, event: Event, key: str) -> Effect:
+    """The checked effect of one event; never raises."""
+    try:
+        return shape.checked(handler.function(event), key)
+    except Exception as error:  # noqa: BLE001 - a handler is the user's code; whatever it raises is this event's fault
+        return Fault.of(error)
+
+
+def decode(handler: Handler, payload: bytes | None) -> Event | Fault:
+    """The event in a record's value."""
+    if payload is None:
+        return Fault("PayloadMissing", f"a record of type {handler.kind.type} has no value")
+    try:
+        event: Event = handler.event_class.__pydantic_validator__.validate_json(payload)
+    except Exception as error:  # noqa: BLE001 - not only bad JSON: validators of the event class are the user's code
+        return Fault.of(error)
+    return event
+
+
+def event_key(handler: Handler, event: Event) -> str:
+    """The key of an event, as text."""
+    value = getattr(event, handler.kind.key_field)
+    return str(value) if type(value) is UUID else key_text(value)
+
+
+@lru_cache(maxsize=256)
+def key_adapter(annotation: Any) -> TypeAdapter[Any]:
+    """Reads a key of one type from text."""
+    return TypeAdapter(annotation)
+
+
+def inspect_handler(function: Callable[..., Any], row: type[BaseModel], topic: str) -> list[Handler]:
+    """The event types that a handler takes.
+
+    Raises:
+        CacheDeclarationError: its annotations do not say, or say something that a cache cannot do.
+    """
+    name = getattr(function, "__qualname__", repr(function))
+    if inspect.iscoroutinefunction(function):
+        raise CacheDeclarationError(f"{name}: handlers of a cache are pure; use def, not async def")
+    try:
+        hints: Mapping[str, Any] = typing.get_type_hints(function)
+    except NameError as error:
+        raise CacheDeclarationError(
+            f"{name}: {error}; import the classes in its annotations where it is defined"
+        ) from error
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) != 1 or parameters[0].name not in hints or "return" not in hints:
+        raise CacheDeclarationError(f"{name}: needs one annotated parameter and a return annotation; {_HANDLER_SHAPE}")
+    for member in _members(hints["return"]):
+        if not (isinstance(member, type) and issubclass(member, (row, Patch, Delete))):
+            raise CacheDeclarationError(f"{name}: returns {member}; a handler returns {row.__name__}, Patch or Delete")
+    return [_handler(name, function, member, topic) for member in _members(hints[parameters[0].name])]
+
+
+def _handler(name: str, function: Callable[..., Any], event_class: Any, topic: str) -> Handler:
+    if not (isinstance(event_class, type) and issubclass(event_class, Event)):
+        raise CacheDeclarationError(f"{name}: takes {event_class}, which is no Event; {_HANDLER_SHAPE}")
+    kind = event_class.__kind__
+    if kind is None:
+        raise CacheDeclarationError(f"{name}: {event_class.__name__} is abstract; name the event classes with a type")
+    if kind.topic != topic:
+        raise CacheDeclarationError(f"{name}: {event_class.__name__} is on topic {kind.topic}, the cache reads {topic}")
+    return Handler(event_class, kind, function)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return tuple(member for part in get_args(annotation) for member in _members(part))
+    return (annotation,)

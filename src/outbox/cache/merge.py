@@ -1,0 +1,134 @@
+"""The one merge: folded keys into the cache's table, as one SQL statement.
+
+Rows travel as JSON, one parameter for all of them, and PostgreSQL turns each value into its column's type as it would
+read a literal: arrays, jsonb, numeric, enums and domains work without a line for each (ADR 0012 has the measurements).
+What JSON cannot carry, bytes and numbers that are not finite, is written the way PostgreSQL reads them as text.
+
+A statement of a batch sees everything that earlier batches wrote, because they are serialised by the partition's row in
+`outbox.positions`, which the transaction locks in an earlier statement. Within one log arrival decides: events come
+deduplicated and in order. Between logs the higher ordinal wins, whatever arrives when.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from pydantic import BaseModel
+
+from outbox import postgres
+from outbox.cache.effects import DELETE
+from outbox.cache.fold import Folded, Step
+from outbox.cache.handlers import Shape
+from outbox.cache.table import Table
+from outbox.postgres import Connection
+
+SQL: Final = postgres.Statements("outbox", "cache/merge.sql")
+
+
+class Change:
+    """One key's part of a merge, encoded.
+
+    Encoding may fail for a value that has no JSON form; that is this key's fault alone.
+    """
+
+    __slots__ = ("document", "folded", "key")
+
+    def __init__(self, key: str, folded: Folded, document: bytes) -> None:
+        """Of the key whose text is `key`."""
+        self.key = key
+        self.folded = folded
+        self.document = document
+
+
+class Merge:
+    """Merges into one cache's table."""
+
+    def __init__(self, cache: str, shape: Shape, table: Table) -> None:
+        """For the cache declared for table `cache`."""
+        self._cache = cache
+        self._shape = shape
+        self._table = table
+        self._statement = table.compose(SQL.merge)
+        self._key_field = json.dumps(table.key)
+
+    def change(self, key: str, folded: Folded) -> Change:
+        """Encode what happens to one key.
+
+        Raises:
+            ValueError: a value has no JSON form.
+        """
+        assert folded.last is not None
+        if folded.base is DELETE:
+            body = self._patch_document(key, {})
+        elif folded.base is None:
+            body = self._patch_document(key, folded.columns)
+        else:
+            assert isinstance(folded.base, BaseModel)
+            body = self._row_document(folded.base)
+        return Change(key, folded, body[:-1] + _runtime(folded.last))
+
+    async def __call__(self, connection: Connection, changes: Sequence[Change]) -> list[str]:
+        """Merge changes of distinct keys; returns the keys of patches that found no row."""
+        rows: list[bytes] = []
+        patches: list[bytes] = []
+        deletions: list[bytes] = []
+        for change in changes:
+            base = change.folded.base
+            (patches if base is None else deletions if base is DELETE else rows).append(change.document)
+        missing = await self._statement.fetch(
+            connection,
+            self._cache,
+            [change.key for change in changes],
+            _array(rows),
+            _array(patches),
+            _array(deletions),
+        )
+        return [record["missing"] for record in missing]
+
+    def _row_document(self, row: BaseModel) -> bytes:
+        odd = _odd(row.__dict__, self._table) if self._table.exact else {}
+        body: bytes = row.__pydantic_serializer__.to_json(row, by_alias=False, exclude=set(odd) or None)
+        return _with(body, odd) if odd else body
+
+    def _patch_document(self, key: str, columns: dict[str, object]) -> bytes:
+        odd = _odd(columns, self._table) if self._table.exact else {}
+        parts = [f"{self._key_field}:{json.dumps(key)}".encode()]
+        parts += [
+            json.dumps(name).encode() + b":" + self._shape.adapter(name).dump_json(value)
+            for name, value in columns.items()
+            if name not in odd
+        ]
+        return _with(b"{" + b",".join(parts) + b"}", odd)
+
+
+def _odd(values: dict[str, object], table: Table) -> dict[str, str]:
+    """The values that JSON cannot carry, as text that PostgreSQL reads."""
+    odd = {}
+    for name in table.exact & values.keys():
+        value = values[name]
+        if isinstance(value, bytes):
+            odd[name] = "\\x" + value.hex()
+        elif isinstance(value, float) and not math.isfinite(value):
+            odd[name] = str(value)
+    return odd
+
+
+def _with(body: bytes, extra: dict[str, str]) -> bytes:
+    if not extra:
+        return body
+    more = json.dumps(extra).encode()
+    return more if body == b"{}" else body[:-1] + b"," + more[1:]
+
+
+def _runtime(last: Step) -> bytes:
+    at = last.position
+    if at is None:
+        return b',"outbox_log":null,"outbox_position":null,"outbox_transaction_id":null}'
+    return (
+        f',"outbox_log":"{at.log_id}","outbox_position":{at.position},"outbox_transaction_id":{at.transaction_id}}}'
+    ).encode()
+
+
+def _array(documents: Sequence[bytes]) -> str:
+    return "[" + b",".join(documents).decode() + "]"

@@ -1,0 +1,74 @@
+"""Reading a cache: rows as models, and waiting until a row has seen a transaction."""
+
+import asyncio
+import json
+from collections.abc import Collection
+from typing import Any, Final, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from outbox import clock, limits, postgres
+from outbox.cache.table import Table
+from outbox.errors import WaitTimeout
+from outbox.postgres import Connection, Pool, Record
+
+SQL: Final = postgres.Statements("outbox", "cache/read.sql")
+
+Row = TypeVar("Row", bound=BaseModel)
+
+
+class Reader(Generic[Row]):
+    """Reads one cache's table."""
+
+    def __init__(self, cache: str, row: type[Row], table: Table) -> None:
+        """For the cache declared for table `cache`."""
+        self._cache = cache
+        self._row = row
+        self._table = table
+        self._one = table.compose(SQL.one)
+        self._many = table.compose(SQL.many)
+        self._seen = table.compose(SQL.seen)
+
+    async def one(self, db: Pool | Connection, key: str) -> Row | None:
+        """The row of a key."""
+        record = await self._one.fetchrow(db, self._argument(key))
+        return None if record is None else self._model(record)
+
+    async def many(self, db: Pool | Connection, keys: Collection[str]) -> list[Row]:
+        """The rows of these keys that exist."""
+        records = await self._many.fetch(db, [self._argument(key) for key in keys])
+        return [self._model(record) for record in records]
+
+    async def once_seen(
+        self, db: Pool | Connection, key: str, log_id: str, position: int, timeout: float
+    ) -> Row | None:
+        """The row of a key as soon as it shows this position; None once it was deleted by it or later.
+
+        Raises:
+            WaitTimeout: it does not in `timeout` seconds.
+        """
+        deadline = clock.monotonic() + timeout
+        pause = limits.WAIT_POLL_MIN_SECONDS
+        while True:
+            record = await self._seen.fetchrow(db, self._argument(key), key, self._cache, log_id, position)
+            assert record is not None
+            if record["outbox_seen"]:
+                return self._model(record) if record["outbox_found"] else None
+            left = deadline - clock.monotonic()
+            if left <= 0:
+                raise WaitTimeout(
+                    f"cache {self._cache}: key {key} did not show position {position} of log {log_id} in {timeout} s; "
+                    "read without waiting, or look at `outbox status` for a relay or consumer that lags"
+                )
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 2, limits.WAIT_POLL_MAX_SECONDS)
+
+    def _argument(self, key: str) -> object:
+        return key if self._table.key_type is str else self._table.key_type(key)
+
+    def _model(self, record: Record) -> Row:
+        values: dict[str, Any] = {name: record[name] for name in self._table.read}
+        for name in self._table.json:
+            if values[name] is not None:
+                values[name] = json.loads(values[name])
+        return self._row.model_validate(values)

@@ -1,0 +1,137 @@
+"""The consumer: follows topics and keeps caches, as a member of a Kafka consumer group.
+
+    Kafka --(FastStream: rebalance)--> lanes: claim, feed, claim again --> apply: one transaction a batch --> PostgreSQL
+                                                                             |-> poison: merge, bisect, park
+
+The group only says who reads which partition. Where reading goes on is a row of `outbox.positions`, moved by the very
+transaction that applies a batch; Kafka's committed offset is for lag tools. Partitions are applied side by side, each
+by one transaction at a time.
+
+Guarantees (each stands in the module that keeps it):
+
+* effects once, in order, by one owner, zombies included: `apply`;
+* work resumes by itself after any error, a rebalance or a kill, and stands still, loudly, only where going on would be
+  wrong: a re-created topic, records that Kafka deleted, a full park: `lanes`;
+* a poison event parks its own key: `poison`.
+"""
+
+import logging
+import os
+import socket
+from typing import Any, Self
+
+from outbox import kafka, postgres, retry
+from outbox.cache import Cache
+from outbox.consumer.apply import Engine, Outcome
+from outbox.consumer.lanes import State
+from outbox.consumer.rebalance import Membership
+from outbox.errors import CacheDeclarationError
+from outbox.loop import Loop
+from outbox.postgres import Pool
+from outbox.settings import Settings
+from outbox.upkeep import migrate
+
+__all__ = ["Consumer", "Outcome", "State"]
+
+log = logging.getLogger(__name__)
+
+
+class Consumer(Loop):
+    """Keeps caches up to date; several processes with the same group share the partitions.
+
+        async with asyncpg.create_pool(dsn) as pool, Consumer(pool, "kafka:9092", agents):
+            yield
+
+    Needs one connection of the pool for each partition that is applied at a time; fewer only make it slower.
+    """
+
+    def __init__(
+        self, db: Pool, kafka: str, *targets: Cache[Any], group: str | None = None, settings: Settings | None = None
+    ) -> None:
+        """A consumer that feeds `targets` in `db` from the Kafka brokers named in `kafka`.
+
+        Args:
+            db: a pool on the service's database.
+            kafka: bootstrap servers.
+            targets: caches; several may read one topic.
+            group: consumer group, under which positions are kept; the first target's table where not given. A target
+                that joins an existing group begins where the group stands: to read from the start it needs its own.
+            settings: from the environment (`SAGABOX_*`) where not given.
+
+        Raises:
+            CacheDeclarationError: no target, one without handlers, or two for one table.
+        """
+        super().__init__(drain_timeout_seconds=(settings or Settings()).drain_timeout_seconds)
+        _check_targets(targets)
+        self.group = group or targets[0].table
+        """The consumer's name, in Kafka and in outbox.positions."""
+        self._pool = db
+        self._servers = kafka
+        self._topics = sorted({target.topic for target in targets})
+        self._engine = Engine(db, self.group, f"{socket.gethostname()}:{os.getpid()}", targets)
+        self._membership: Membership | None = None
+        self._prepared = False
+
+    @property
+    def states(self) -> dict[tuple[str, int], State]:
+        """How each partition is that this process has now, by topic and number."""
+        lanes = self._membership.lanes.states if self._membership else {}
+        return {(at.topic, at.partition): state for at, state in lanes.items()}
+
+    @property
+    def totals(self) -> Outcome:
+        """What became of records since the start of this process."""
+        return self._membership.lanes.totals if self._membership else Outcome()
+
+    async def __aenter__(self) -> Self:
+        """Check the declarations, if the database answers, and start.
+
+        Raises:
+            CacheDeclarationError: a cache does not fit its table.
+            NotMigrated: the database lacks our tables.
+        """
+        try:
+            await self._prepare()
+        except Exception as error:
+            if not retry.is_transient(error):
+                raise
+            log.warning("the database does not answer (%r); the consumer starts as soon as it does", error)
+        return await super().__aenter__()
+
+    async def _prepare(self) -> None:
+        await migrate.check(self._pool)
+        await self._engine.prepare()
+        self._prepared = True
+
+    async def _main(self) -> None:
+        try:
+            async for attempt in retry.attempts(stopping=self._stopping):
+                with attempt:
+                    if not self._prepared:
+                        await self._prepare()
+        except postgres.CONNECTION_ERRORS:
+            return  # stopped before the database answered
+        pauses = retry.backoff()
+        while not self._stopping.is_set():
+            membership = Membership(self._engine, self._servers, self.group, self._topics)
+            try:
+                await membership.start()
+            except (kafka.KafkaError, *postgres.CONNECTION_ERRORS) as error:
+                log.warning("Kafka does not answer: %r", error)
+                await retry.pause(next(pauses), self._stopping)
+                continue
+            self._membership = membership
+            try:
+                await membership.lanes.keep_committing(self._stopping)
+            finally:
+                await membership.stop()
+
+
+def _check_targets(targets: tuple[Cache[Any], ...]) -> None:
+    if not targets:
+        raise CacheDeclarationError("a consumer needs at least one cache: Consumer(pool, servers, cache)")
+    for target in targets:
+        if not target.handlers:
+            raise CacheDeclarationError(f"cache {target.table} has no handlers; register them with @cache.on first")
+    if len({target.table for target in targets}) < len(targets):
+        raise CacheDeclarationError("two caches name the same table; give each a table of its own")

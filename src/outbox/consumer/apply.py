@@ -1,0 +1,214 @@
+"""The engine: a batch of one partition into PostgreSQL, exactly once. It knows nothing of FastStream or Kafka.
+
+    claim:  epoch + 1 on the partition's row (waits for a former owner's open transaction), then its marks
+    apply:  drop duplicates -> decode, call handlers, fold            (pure, no connection held)
+            BEGIN
+              advance   compare-and-swap of (epoch, next_offset); locks the partition's row; writes the marks
+              merge     one statement a cache
+              park      events that cannot be applied
+            COMMIT
+
+Guarantees:
+
+* **Once.** Rows and position commit together. A crash before COMMIT leaves the old position: the batch is read again. A
+  crash after it leaves the new one: the batch is not. A lost reply of COMMIT looks like the first, and the second try
+  finds the offset moved: it changes nothing, and the partition is claimed again.
+* **One owner.** A batch of an older epoch updates no row and is rolled back, whenever its process wakes up.
+* **In order.** A relay's (window, ordinal) grow within log and shard, but for duplicates. So a record at or below the
+  *running maximum*, which begins at the stored mark, was applied before or stands earlier in this very batch. Late
+  bytes of a zombie relay are such records.
+* The marks live in this process between batches: under its epoch nobody else writes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from outbox import limits, postgres, retry
+from outbox.cache import Cache
+from outbox.consumer.poison import Tally, Target, Work
+from outbox.consumer.record import Arrival, Record, arrival, event_id
+from outbox.postgres import Pool
+
+SQL: Final = postgres.Statements("outbox", "consumer/apply.sql")
+
+Mark: TypeAlias = tuple[int, int]
+"""Window and ordinal."""
+
+_BEFORE_ALL: Final[Mark] = (-1, -1)
+
+
+@dataclass(slots=True)
+class Partition:
+    """A partition that this process has claimed.
+
+    Attributes:
+        next_offset: the first offset not applied.
+        last_event_id: of the record before it, if that had one.
+        marks: by log id and shard.
+    """
+
+    topic: str
+    number: int
+    epoch: int
+    next_offset: int
+    last_event_id: str | None = None
+    marks: dict[tuple[str, int], Mark] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a batch.
+
+    Attributes:
+        fenced: another process claimed the partition, or this batch was applied before: claim it again.
+        dropped: duplicates, and records before the position.
+        applied: events that took effect on a cache, or were superseded within the batch.
+        unknown: events of types that a cache has no handler for.
+        parked: events set aside.
+        resolved: parked events made irrelevant by full rows.
+    """
+
+    fenced: bool = False
+    dropped: int = 0
+    applied: int = 0
+    unknown: int = 0
+    parked: int = 0
+    resolved: int = 0
+
+    def __add__(self, other: "Outcome") -> "Outcome":
+        return Outcome(
+            fenced=self.fenced or other.fenced,
+            dropped=self.dropped + other.dropped,
+            applied=self.applied + other.applied,
+            unknown=self.unknown + other.unknown,
+            parked=self.parked + other.parked,
+            resolved=self.resolved + other.resolved,
+        )
+
+
+@dataclass(slots=True)
+class _Batch:
+    next_offset: int
+    last_event_id: str | None
+    marks: dict[tuple[str, int], Mark]
+    dropped: int
+    works: list[Work]
+
+
+class Engine:
+    """Applies batches for one consumer."""
+
+    def __init__(self, db: Pool, consumer: str, owner: str, caches: Sequence[Cache[Any]]) -> None:
+        """For the consumer group `consumer`; `owner` names this process to people."""
+        self._pool = db
+        self._consumer = consumer
+        self._owner = owner
+        self._caches = caches
+        self._targets: dict[str, list[Target]] = {}
+
+    async def prepare(self) -> None:
+        """Check every cache against the database.
+
+        Raises:
+            CacheDeclarationError: one does not fit its table.
+        """
+        targets: dict[str, list[Target]] = {}
+        for cache in self._caches:
+            targets.setdefault(cache.topic, []).append(Target(cache, await cache.prepare(self._pool)))
+        self._targets = targets
+
+    async def claim(self, topic: str, number: int, first_offset: int) -> Partition:
+        """Take a partition over from whoever has it; a partition never read before begins at `first_offset`."""
+        async with postgres.acquire(self._pool) as connection:
+            row = await SQL.claim.fetchrow(connection, self._consumer, topic, number, first_offset, self._owner)
+            marks = await SQL.applied.fetch(connection, self._consumer, topic, number)
+        assert row is not None
+        return Partition(
+            topic,
+            number,
+            row["epoch"],
+            row["next_offset"],
+            row["last_event_id"],
+            {(mark["log_id"], mark["shard"]): (mark["window_no"], mark["ordinal"]) for mark in marks},
+        )
+
+    async def apply(self, partition: Partition, records: Sequence[Record]) -> Outcome:
+        """Apply records of a partition, in the order of their offsets, in one transaction.
+
+        Raises:
+            ParkingFull: nothing was applied; the partition has to wait.
+            PostgresError, OSError, TimeoutError: nothing is known to be applied; claim again and read again.
+        """
+        batch = self._read(partition, records)
+        if batch is None:
+            return Outcome(dropped=len(records))
+        try:
+            outcome = await self._commit(partition, batch, careful=False)
+        except Exception as error:
+            if not retry.is_data(error):
+                raise
+            outcome = await self._commit(partition, batch, careful=True)
+        if not outcome.fenced:
+            partition.next_offset = batch.next_offset
+            partition.last_event_id = batch.last_event_id
+            partition.marks |= batch.marks
+        return outcome
+
+    def _read(self, partition: Partition, records: Sequence[Record]) -> _Batch | None:
+        marks: dict[tuple[str, int], Mark] = {}
+        fresh: list[Arrival] = []
+        for record in records:
+            if record.offset < partition.next_offset:
+                continue
+            found = arrival(record)
+            if (at := found.position) is not None:
+                origin = (at.log_id, at.shard)
+                known = marks.get(origin) or partition.marks.get(origin, _BEFORE_ALL)
+                if at.mark <= known:
+                    continue
+                marks[origin] = at.mark
+            fresh.append(found)
+        if not records or records[-1].offset < partition.next_offset:
+            return None
+        works = [target.work(fresh, partition.number) for target in self._targets[partition.topic]]
+        dropped = len(records) - len(fresh)
+        return _Batch(records[-1].offset + 1, event_id(records[-1]), marks, dropped, works)
+
+    async def _commit(self, partition: Partition, batch: _Batch, *, careful: bool) -> Outcome:
+        async with postgres.acquire(self._pool) as connection, connection.transaction():
+            moved = await SQL.advance.fetchrow(
+                connection,
+                self._consumer,
+                partition.topic,
+                partition.number,
+                partition.epoch,
+                partition.next_offset,
+                batch.next_offset,
+                batch.last_event_id,
+                [log_id for log_id, _ in batch.marks],
+                [shard for _, shard in batch.marks],
+                [window for window, _ in batch.marks.values()],
+                [ordinal for _, ordinal in batch.marks.values()],
+                [work.target.name for work in batch.works],
+                str(limits.BATCH_IDLE_SECONDS * 1000),
+            )
+            if moved is None:
+                return Outcome(fenced=True)
+            if careful:
+                await SQL.immediate.execute(connection)
+            tallies = [
+                await work.run(connection, waiting=work.target.name in moved["parkers"], careful=careful)
+                for work in batch.works
+            ]
+        return _outcome(batch.dropped, tallies)
+
+
+def _outcome(dropped: int, tallies: Sequence[Tally]) -> Outcome:
+    return Outcome(
+        dropped=dropped,
+        applied=sum(tally.applied for tally in tallies),
+        unknown=sum(tally.unknown for tally in tallies),
+        parked=sum(tally.parked for tally in tallies),
+        resolved=sum(tally.resolved for tally in tallies),
+    )

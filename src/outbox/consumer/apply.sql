@@ -1,0 +1,44 @@
+-- How far a partition was applied.
+
+-- name: claim
+-- A partition for this process: the epoch grows, so that whoever had it is fenced. Waits for the row lock of a batch
+-- that the former owner has open, and then sees what that committed. $4 where a partition never read before begins.
+-- Lock: one row of positions, by primary key.
+insert into outbox.positions as p (consumer, topic, partition, next_offset, owner)
+values ($1, $2, $3, $4, $5)
+on conflict (consumer, topic, partition) do update
+   set epoch = p.epoch + 1, owner = excluded.owner, updated_at = clock_timestamp()
+returning next_offset, epoch, last_event_id
+
+-- name: applied
+-- The marks of a partition; a statement after the claim, or it would not see what the claim waited for.
+-- No lock; by primary key; rows: logs and shards that wrote to the partition.
+select a.log_id, a.shard, a.window_no, a.ordinal
+  from outbox.applied a where a.consumer = $1 and a.topic = $2 and a.partition = $3
+
+-- name: advance
+-- First statement of a batch: the compare-and-swap that locks the partition's row, and the marks of what the batch
+-- applies. No row comes back if the epoch or the offset is another one: then nothing was changed.
+-- Returns the caches of $12 that have parked keys in the topic. A process that is frozen from here on loses the batch.
+-- Locks: one row of positions, at most one row of applied a log and shard; by primary keys.
+with moved as (
+    update outbox.positions p set next_offset = $6, last_event_id = $7, updated_at = clock_timestamp()
+     where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.epoch = $4 and p.next_offset = $5
+    returning p.consumer, p.topic, p.partition
+), marked as (
+    insert into outbox.applied (consumer, topic, partition, log_id, shard, window_no, ordinal)
+    select m.consumer, m.topic, m.partition, x.log_id, x.shard, x.window_no, x.ordinal
+      from moved m
+     cross join unnest($8::text[], $9::smallint[], $10::bigint[], $11::bigint[]) x(log_id, shard, window_no, ordinal)
+     order by x.log_id, x.shard
+    on conflict (consumer, topic, partition, log_id, shard) do update
+       set window_no = excluded.window_no, ordinal = excluded.ordinal
+)
+select array(select x.parker from unnest($12::text[]) x(parker)
+              where exists (select from outbox.parked_keys k where k.parker = x.parker and k.topic = $2)) as parkers,
+       set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout
+  from moved
+
+-- name: immediate
+-- Lets deferred constraints of the user's table speak within the savepoint of the key that violates them.
+set constraints all immediate

@@ -1,0 +1,293 @@
+"""Lanes: what becomes of each partition that the group assigns to this process.
+
+    assigned -> claiming ----------------------------> running <-> (batch by batch)
+                 ^   |  a check fails                     |
+                 |   +--> recreated | needs_rebuild       |  fenced, an error, an offset that went back
+                 |        (paused, an alarm, a person)    v
+                 +------------------------------------ waiting (paused; backoff up to 30 s)
+
+    any state -> revoked
+
+Guarantees:
+
+* A partition is fetched only while its lane is running: it is paused before the assignment callback returns, and
+  resumed after the claim has said where to begin. Kafka's committed offset is never read.
+* Nothing is kept in memory across an error. The next claim asks the database where it stands and the records are
+  fetched again, so a lost reply, a lost partition and a lost connection have one and the same remedy. Polling goes on
+  meanwhile, so this process stays in the group, and the other partitions go on.
+* A former owner that claims late only costs a claim: its batch, or ours, finds the epoch moved, claims again if the
+  partition is still assigned, and goes on where the other stopped.
+* A batch that was fetched before a pause is not applied after it: its end has to agree with the fetch position.
+"""
+
+import asyncio
+import enum
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from outbox import clock, crash_sites, kafka, limits, retry
+from outbox.consumer.apply import Engine, Outcome, Partition
+from outbox.consumer.record import Record, event_id
+from outbox.errors import ParkingFull
+from outbox.kafka import TopicPartition
+
+log = logging.getLogger(__name__)
+
+_SITES: Final = {name: crash_sites.register(f"consumer.kafka.{name}") for name in ("ends", "last", "commit")}
+
+
+class State(enum.StrEnum):
+    """Of a lane."""
+
+    CLAIMING = enum.auto()
+    RUNNING = enum.auto()
+    WAITING = enum.auto()
+    """After an error; claims again after a pause."""
+    RECREATED = enum.auto()
+    """The topic is not the one that was read before: another record stands at the stored position, or none."""
+    NEEDS_REBUILD = enum.auto()
+    """Kafka deleted records that were not read yet."""
+    REVOKED = enum.auto()
+
+
+_ALARMS: Final = {
+    State.RECREATED: (
+        "the topic was re-created: what Kafka has at the stored position is not what was applied; if that was "
+        "intended, delete the consumer's rows of the topic from outbox.positions, and it is read from its start"
+    ),
+    State.NEEDS_REBUILD: (
+        "Kafka has deleted records that were not applied yet, so rows may be wrong for ever: restore the rows from "
+        "their owner, then delete the consumer's rows of the topic from outbox.positions; keep records longer"
+    ),
+}
+
+
+class Source(Protocol):
+    """What lanes need of Kafka's consumer; aiokafka's has it."""
+
+    def assignment(self) -> Iterable[TopicPartition]: ...  # noqa: D102
+    def pause(self, *partitions: TopicPartition) -> None: ...  # noqa: D102
+    def resume(self, *partitions: TopicPartition) -> None: ...  # noqa: D102
+    def seek(self, partition: TopicPartition, offset: int) -> None: ...  # noqa: D102
+    def position(self, partition: TopicPartition) -> Awaitable[int]: ...  # noqa: D102
+    def beginning_offsets(self, partitions: list[TopicPartition]) -> Awaitable[Mapping[TopicPartition, int]]: ...  # noqa: D102
+    def end_offsets(self, partitions: list[TopicPartition]) -> Awaitable[Mapping[TopicPartition, int]]: ...  # noqa: D102
+    def commit(self, offsets: Mapping[TopicPartition, int]) -> Awaitable[None]: ...  # noqa: D102
+
+
+ReadOne = Callable[[TopicPartition, int], Awaitable[Record | None]]
+"""The record at an offset, if it is still there."""
+
+
+@dataclass(slots=True)
+class Lane:
+    """One assigned partition."""
+
+    at: TopicPartition
+    state: State = State.CLAIMING
+    partition: Partition | None = None
+    task: asyncio.Task[None] | None = None
+    pauses: Iterator[float] = field(default_factory=retry.backoff)
+    batch: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a batch is applied."""
+    committed: int = -1
+    """The offset last told to Kafka."""
+
+
+class Lanes:
+    """All lanes of one consumer."""
+
+    def __init__(self, engine: Engine, source: Source, read_one: ReadOne) -> None:
+        """Feeding `engine` from `source`."""
+        self._engine = engine
+        self._source = source
+        self._read_one = read_one
+        self._lanes: dict[TopicPartition, Lane] = {}
+        self._stopping = asyncio.Event()
+        self.totals = Outcome()
+        """Of all batches since the start."""
+        self.failures = 0
+        """Batches and claims that raised, and advisory commits that failed."""
+
+    @property
+    def states(self) -> dict[TopicPartition, State]:
+        """The assigned partitions and how they are."""
+        return {at: lane.state for at, lane in self._lanes.items()}
+
+    # ------------------------------------------------------------------------------------ assignment
+
+    def assigned(self, partitions: Iterable[TopicPartition]) -> None:
+        """Pause first, claim in the background: no heartbeat is sent while the callback runs."""
+        partitions = list(partitions)
+        self._source.pause(*partitions)
+        for at in partitions:
+            lane = self._lanes[at] = Lane(at)
+            lane.task = asyncio.create_task(self._claim_until_running(lane), name=f"claim of {at.topic}/{at.partition}")
+
+    async def revoked(self, partitions: Iterable[TopicPartition]) -> None:
+        """Begin no batch any more; wait, but not for long, for those that are open. The epoch fences what remains."""
+        lanes = [lane for at in partitions if (lane := self._lanes.pop(at, None))]
+        for lane in lanes:
+            lane.state = State.REVOKED
+            if lane.task is not None:
+                lane.task.cancel()
+        try:
+            async with asyncio.timeout(limits.REVOKE_TIMEOUT_SECONDS):
+                for lane in lanes:
+                    async with lane.batch:
+                        pass
+        except TimeoutError:
+            log.warning("partitions were taken away while batches were open; their commits will be fenced")
+
+    async def close(self) -> None:
+        """Let go of everything, as at a revocation."""
+        self._stopping.set()
+        await self.revoked(list(self._lanes))
+
+    # ----------------------------------------------------------------------------------------- batches
+
+    async def deliver(self, records: Iterable["kafka.ConsumerRecord"]) -> None:
+        """Apply what one poll returned, partitions side by side. Never raises: what fails is fetched again."""
+        batches: dict[TopicPartition, list[kafka.ConsumerRecord]] = {}
+        for record in records:
+            batches.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
+        await asyncio.gather(*(self._feed(at, batch) for at, batch in batches.items()))
+
+    async def _feed(self, at: TopicPartition, records: Sequence[Record]) -> None:
+        lane = self._lanes.get(at)
+        if lane is None:
+            return
+        async with lane.batch:
+            if lane.state is not State.RUNNING or lane.partition is None:
+                return
+            try:
+                if await self._source.position(at) <= records[-1].offset:
+                    return  # fetched before the last seek
+                if records[0].offset != lane.partition.next_offset and await self._broken(lane, records[0].offset):
+                    return
+                outcome = await self._engine.apply(lane.partition, records)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the records are read again; nothing may reach FastStream
+                self._stumble(lane, error)
+                return
+            self.totals += outcome
+            if outcome.fenced:
+                self._stumble(lane, None)
+            else:
+                lane.pauses = retry.backoff()
+
+    async def _broken(self, lane: Lane, first_offset: int) -> bool:
+        """Whether a jump of offsets is anything but a gap that compaction or a transaction marker left."""
+        assert lane.partition is not None
+        if first_offset < lane.partition.next_offset:
+            log.error("%s: offsets went back from %d to %d", lane.at, lane.partition.next_offset, first_offset)
+            self._stumble(lane, None)
+            return True
+        begin = await self._source.beginning_offsets([lane.at])
+        if begin[lane.at] <= lane.partition.next_offset:
+            return False
+        self._source.pause(lane.at)
+        self._halt(lane, State.NEEDS_REBUILD)
+        return True
+
+    def _stumble(self, lane: Lane, error: Exception | None) -> None:
+        """Pause, wait, claim again."""
+        if lane.state is State.REVOKED or lane.at not in self._source.assignment():
+            return
+        self._source.pause(lane.at)
+        lane.state = State.WAITING
+        delay = next(lane.pauses)
+        if error is None:
+            log.warning("%s: the stored position is not ours any more; claiming again", lane.at)
+        else:
+            self._complain(lane, error, delay)
+        lane.task = asyncio.create_task(
+            self._claim_until_running(lane, delay), name=f"claim of {lane.at.topic}/{lane.at.partition}"
+        )
+
+    def _complain(self, lane: Lane, error: Exception, delay: float) -> None:
+        self.failures += 1
+        if isinstance(error, ParkingFull):
+            log.error("%s stands still: %s", lane.at, error)
+        elif retry.is_transient(error) or isinstance(error, kafka.KafkaError):
+            log.warning("%s: %r; again in %.2f s", lane.at, error, delay)
+        else:
+            log.critical("%s stands still, and waiting may not mend it: %r", lane.at, error, exc_info=error)
+
+    # ------------------------------------------------------------------------------------------ claims
+
+    async def _claim_until_running(self, lane: Lane, delay: float = 0.0) -> None:
+        while not (delay and await retry.pause(delay, self._stopping)):
+            lane.state = State.CLAIMING
+            try:
+                state = await self._claim(lane)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the partition stays paused and is tried again
+                lane.state = State.WAITING
+                delay = next(lane.pauses)
+                self._complain(lane, error, delay)
+                continue
+            if state is State.RUNNING:
+                # No await from here on: a fetch can only be of the position just sought.
+                assert lane.partition is not None
+                self._source.seek(lane.at, lane.partition.next_offset)
+                lane.state = State.RUNNING
+                self._source.resume(lane.at)
+            else:
+                self._halt(lane, state)
+            return
+
+    async def _claim(self, lane: Lane) -> State:
+        """Claim, and compare what is stored with what Kafka has."""
+        at = lane.at
+        await crash_sites.visit(_SITES["ends"], "before")
+        begin = (await self._source.beginning_offsets([at]))[at]
+        end = (await self._source.end_offsets([at]))[at]
+        await crash_sites.visit(_SITES["ends"], "after")
+        partition = lane.partition = await self._engine.claim(at.topic, at.partition, begin)
+        if partition.next_offset > end:
+            return State.RECREATED
+        if partition.next_offset < begin:
+            return State.NEEDS_REBUILD
+        if partition.last_event_id is not None and partition.next_offset > begin:
+            await crash_sites.visit(_SITES["last"], "before")
+            last = await self._read_one(at, partition.next_offset - 1)
+            await crash_sites.visit(_SITES["last"], "after")
+            if last is not None and event_id(last) != partition.last_event_id:
+                return State.RECREATED
+        return State.RUNNING
+
+    def _halt(self, lane: Lane, state: State) -> None:
+        lane.state = state
+        assert lane.partition is not None
+        log.critical("%s stands still at offset %d: %s", lane.at, lane.partition.next_offset, _ALARMS[state])
+
+    # ------------------------------------------------------------------------------------ advisory commit
+
+    async def keep_committing(self, stopping: asyncio.Event) -> None:
+        """Tell Kafka how far we are, for lag tools; nothing depends on it."""
+        while not await retry.pause(limits.COMMIT_EVERY_SECONDS, stopping):
+            await self.commit()
+
+    async def commit(self) -> None:
+        """Tell Kafka now."""
+        moved = {
+            at: lane.partition.next_offset
+            for at, lane in self._lanes.items()
+            if lane.state is State.RUNNING and lane.partition and lane.partition.next_offset != lane.committed
+        }
+        if not moved:
+            return
+        started = clock.monotonic()
+        try:
+            await crash_sites.visit(_SITES["commit"], "before")
+            async with asyncio.timeout(limits.COMMIT_EVERY_SECONDS):
+                await self._source.commit(moved)
+            await crash_sites.visit(_SITES["commit"], "after")
+        except (kafka.KafkaError, OSError, TimeoutError) as error:
+            self.failures += 1
+            log.info("advisory commit of offsets failed after %.1f s: %r", clock.monotonic() - started, error)
+            return
+        for at, offset in moved.items():
+            if lane := self._lanes.get(at):
+                lane.committed = offset

@@ -1,0 +1,104 @@
+"""The consumer's part of parking: events of a cache that wait, with all that it takes to apply them later."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from outbox import limits, postgres, wire
+from outbox.cache.fold import Fault, Step
+from outbox.cache.merge import Change
+from outbox.consumer.record import Arrival, storable
+from outbox.errors import ParkingFull
+from outbox.postgres import Connection
+
+log = logging.getLogger(__name__)
+
+SQL: Final = postgres.Statements("outbox", "consumer/parking.sql")
+
+_CREATED_MS_MAX: Final = 253_402_300_799_000
+_LOGGED_KEYS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Events of one key that have to wait, in order, and why the first of them does."""
+
+    key: str
+    fault: Fault
+    steps: Sequence[Step]
+
+
+async def resolve(connection: Connection, cache: str, topic: str, changes: Sequence[Change]) -> int:
+    """Full rows took effect: forget what waited for them. Returns how many events did."""
+    last = {change.key: change.folded.last for change in changes}
+    logs = [step.position.log_id if step and step.position else None for step in last.values()]
+    resolved: int = await SQL.resolve.fetchval(connection, cache, topic, list(last), logs)
+    log.info("cache %s: full rows resolved %d parked events of %d keys", cache, resolved, len(last))
+    return resolved
+
+
+async def park(connection: Connection, cache: str, topic: str, partition: int, queues: Sequence[Queue]) -> int:
+    """Set events aside behind their keys. Returns how many.
+
+    Raises:
+        ParkingFull: the cache has as many parked events as it may.
+    """
+    events = [(queue.key, step.source) for queue in queues for step in queue.steps]
+    waiting: int = await SQL.room.fetchval(connection, cache, limits.PARKED_MAX_EVENTS + 1)
+    if waiting + len(events) > limits.PARKED_MAX_EVENTS:
+        raise ParkingFull(
+            f"cache {cache}: {waiting} events are parked and {len(events)} more would be over the bound of "
+            f"{limits.PARKED_MAX_EVENTS}; look at `outbox parked list`, mend the cause, or discard them"
+        )
+    for queue in queues[:_LOGGED_KEYS]:
+        log.warning("cache %s: parked key %r of %s: %s", cache, queue.key, topic, queue.fault)
+    if len(queues) > _LOGGED_KEYS:
+        log.warning("cache %s: parked %d more keys of %s", cache, len(queues) - _LOGGED_KEYS, topic)
+    await SQL.open_keys.execute(
+        connection,
+        cache,
+        topic,
+        [queue.key for queue in queues],
+        partition,
+        [queue.fault.reason[:100] for queue in queues],
+        [_text(queue.fault.detail)[: limits.PARKED_DETAIL_MAX_CHARACTERS] for queue in queues],
+    )
+    rows = [_row(key, arrival) for key, arrival in events]
+    await SQL.queue.execute(connection, cache, topic, partition, *(list(column) for column in zip(*rows, strict=True)))
+    return len(rows)
+
+
+def _row(key: str, arrival: Arrival) -> tuple[object, ...]:
+    at = arrival.position
+    record = arrival.record
+    version = arrival.headers.get(wire.SCHEMA_VERSION_HEADER) or b"1"
+    return (
+        key,
+        record.offset,
+        *((at.log_id, at.shard, at.window, at.ordinal, at.position, str(at.transaction_id)) if at else (None,) * 6),
+        _uuid(arrival.headers.get("ce_id")),
+        None if arrival.event_type is None else _text(arrival.event_type),
+        int(version) if version.isdigit() and len(version) < 5 else 1,
+        _json(arrival.headers),
+        record.value,
+        min(max(record.timestamp, 0), _CREATED_MS_MAX),
+    )
+
+
+def _uuid(value: bytes | None) -> UUID | None:
+    try:
+        return None if value is None else UUID(value.decode())
+    except ValueError:
+        return None
+
+
+def _json(headers: Mapping[str, bytes | None]) -> str:
+    return json.dumps({_text(name): None if value is None else storable(value) for name, value in headers.items()})
+
+
+def _text(text: str) -> str:
+    """Text that PostgreSQL takes."""
+    return storable(text.encode("utf-8", "backslashreplace"))

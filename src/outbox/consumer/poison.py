@@ -1,0 +1,256 @@
+"""One cache's part of a batch: fold, merge, and set aside the keys whose events cannot be applied.
+
+    steps of each key -> fold -> merge (all keys, one statement) -> resolve and park
+                                   | a value is refused (SQLSTATE 21, 22, 23, P0001)
+                                   v
+                         the batch again, carefully: halves under savepoints, down to one key;
+                         that key event by event, the first refused one begins its queue
+
+Guarantees:
+
+* All of it happens in the batch's transaction: an event is applied, or parked, or the whole batch is not there. A crash
+  at any line leaves the state before the batch.
+* A poison event parks its own key and nobody else's. Its later patches queue behind it in order; the next full row or
+  `DELETE` takes effect, and what waited is deleted, because that row says all there is to say (ADR 0013).
+* A key is parked per cache, so what one cache cannot apply another one can.
+* The park is bounded: past the bound the batch fails with `ParkingFull`, and nothing of it is applied.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from outbox import limits, retry
+from outbox.cache import Cache, Patch, handlers
+from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, newest_log_only
+from outbox.cache.merge import Change, Merge
+from outbox.consumer import parking
+from outbox.consumer.parking import Queue
+from outbox.consumer.record import Arrival, storable
+from outbox.errors import EmitError
+from outbox.event import key_text
+from outbox.postgres import Connection
+
+_BEHIND: Final = Fault("Behind", "an earlier event of the key waits")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of events."""
+
+    applied: int = 0
+    unknown: int = 0
+    parked: int = 0
+    resolved: int = 0
+
+
+class Target:
+    """A cache as a consumer feeds it."""
+
+    def __init__(self, cache: Cache[Any], merge: Merge) -> None:
+        """With the merge prepared for its table."""
+        self.name: Final = cache.table
+        self.topic: Final = cache.topic
+        self.merge: Final = merge
+        self._cache = cache
+        self._handlers = cache.handlers
+
+    def work(self, arrivals: Sequence[Arrival], partition: int) -> "Work":
+        """Decode and fold a batch; pure, outside of any transaction."""
+        steps: dict[str, list[Step]] = {}
+        unknown = 0
+        several_logs = len({arrival.position.log_id for arrival in arrivals if arrival.position}) > 1
+        for arrival in arrivals:
+            handler = self._handlers.get(arrival.event_type) if arrival.event_type is not None else None
+            if handler is None:
+                unknown += 1
+                continue
+            effect: Effect
+            event = handlers.decode(handler, arrival.record.value)
+            if isinstance(event, Fault):
+                key, effect = self._key_of(arrival, partition), event
+            else:
+                try:
+                    key = handlers.event_key(handler, event)
+                except EmitError as error:
+                    key, effect = self._key_of(arrival, partition), Fault.of(error)
+                else:
+                    effect = handlers.call(handler, self._cache.shape, event, key)
+            step = Step(effect, arrival.position, arrival)
+            if key in steps:
+                steps[key].append(step)
+            else:
+                steps[key] = [step]
+        if several_logs:
+            steps = {key: newest_log_only(of_key) for key, of_key in steps.items()}
+        return Work(self, partition, steps, Tally(unknown=unknown))
+
+    def _key_of(self, arrival: Arrival, partition: int) -> str:
+        """The key of an event that cannot be decoded: the record's, in the form that decoded events have."""
+        raw = arrival.record.key
+        if not raw:
+            return f"offset {arrival.record.offset} of partition {partition}"
+        try:
+            return key_text(self._cache.shape.adapter(self._cache.key).validate_python(raw.decode()))
+        except ValueError:
+            text = storable(raw)
+        if len(text.encode()) <= limits.KEY_MAX_BYTES:
+            return text
+        return f"{text[:100]}... sha256:{hashlib.sha256(raw).hexdigest()}"
+
+
+@dataclass(slots=True)
+class Work:
+    """What a batch does to one cache."""
+
+    target: Target
+    partition: int
+    steps: dict[str, list[Step]]
+    tally: Tally
+    changes: list[Change] = field(default_factory=list)
+    queues: list[Queue] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for key, steps in self.steps.items():
+            folded = self._encoded(key, steps)
+            if folded.queue:
+                assert folded.fault is not None
+                self.queues.append(Queue(key, folded.fault, folded.queue))
+
+    def _encoded(self, key: str, steps: list[Step]) -> Folded:
+        """Fold and encode one key; a value without a JSON form is the fault of the event that brought it."""
+        while True:
+            folded = fold(steps)
+            if folded.last is None:
+                return folded
+            try:
+                self.changes.append(self.target.merge.change(key, folded))
+            except ValueError as error:
+                folded.last.effect = Fault.of(error)
+            else:
+                return folded
+
+    async def run(self, connection: Connection, *, waiting: bool, careful: bool) -> Tally:
+        """Merge, resolve and park, in the batch's transaction.
+
+        Args:
+            connection: with the partition's row locked.
+            waiting: whether the cache has any parked key in the topic.
+            careful: find the guilty keys of a batch that was refused as a whole.
+        """
+        attempt = _Attempt(self, connection)
+        if waiting and self.steps:
+            await attempt.look_behind()
+        if careful:
+            await attempt.bisect(attempt.changes)
+        elif attempt.changes:
+            attempt.settle(attempt.changes, await self.target.merge(connection, attempt.changes))
+        return await attempt.finish()
+
+
+class _Attempt:
+    """One try at a `Work`; keeps what this try found out, so that the next begins afresh."""
+
+    def __init__(self, work: Work, connection: Connection) -> None:
+        self._work = work
+        self._connection = connection
+        self._merge = work.target.merge
+        self._behind: set[str] = set()
+        self._resolved: list[Change] = []
+        self._queues: dict[str, Queue] = {queue.key: queue for queue in work.queues}
+        self.changes = work.changes
+
+    async def look_behind(self) -> None:
+        """Patches of a key that waits queue behind it; only a full row or DELETE may pass."""
+        target = self._work.target
+        found = await parking.SQL.waiting.fetch(self._connection, target.name, target.topic, list(self._work.steps))
+        self._behind = {record["key"] for record in found}
+        if not self._behind:
+            return
+        self.changes = []
+        for change in self._work.changes:
+            if change.key in self._behind and change.folded.base is None:
+                self._queues[change.key] = Queue(change.key, _BEHIND, self._work.steps[change.key])
+            else:
+                self.changes.append(change)
+
+    def settle(self, changes: Sequence[Change], missing: Sequence[str]) -> None:
+        """These changes were merged, but for patches of missing rows."""
+        absent = set(missing)
+        for change in changes:
+            if change.key in absent:
+                self._queues[change.key] = Queue(change.key, ROW_MISSING, self._work.steps[change.key])
+            elif change.key in self._behind:
+                self._resolved.append(change)
+
+    async def bisect(self, changes: Sequence[Change]) -> None:
+        """Merge what can be merged; halve what is refused, down to single keys."""
+        if not changes:
+            return
+        try:
+            async with self._connection.transaction():
+                missing = await self._merge(self._connection, changes)
+        except Exception as error:
+            if not retry.is_data(error):
+                raise
+        else:
+            self.settle(changes, missing)
+            return
+        if len(changes) == 1:
+            await self._one_by_one(changes[0].key)
+            return
+        half = len(changes) // 2
+        await self.bisect(changes[:half])
+        await self.bisect(changes[half:])
+
+    async def _one_by_one(self, key: str) -> None:
+        """Apply a refused key event by event; from the first refused one on they queue, up to a full row."""
+        queue: list[Step] = []
+        fault = _BEHIND
+        blocked = key in self._behind
+        for step in self._work.steps[key]:
+            found: Fault | None = None
+            if isinstance(step.effect, Fault):
+                found = step.effect
+            elif blocked and isinstance(step.effect, Patch):
+                found = fault
+            else:
+                found = await self._apply_alone(key, step)
+            if found is not None:
+                fault = fault if queue else found
+                queue.append(step)
+                blocked = True
+            elif not isinstance(step.effect, Patch):
+                queue.clear()
+                blocked = False
+        self._queues.pop(key, None)
+        if queue:
+            self._queues[key] = Queue(key, fault, queue)
+
+    async def _apply_alone(self, key: str, step: Step) -> Fault | None:
+        try:
+            change = self._merge.change(key, fold([step]))
+            async with self._connection.transaction():
+                missing = await self._merge(self._connection, [change])
+        except Exception as error:
+            if not retry.is_data(error):
+                raise
+            return Fault.of(error)
+        if missing:
+            return ROW_MISSING
+        if key in self._behind and change.folded.base is not None:
+            self._resolved.append(change)
+        return None
+
+    async def finish(self) -> Tally:
+        """Resolve, then park; in this order, because a key may be resolved and parked again by one batch."""
+        target = self._work.target
+        tally = replace(self._work.tally)
+        if self._resolved:
+            tally.resolved = await parking.resolve(self._connection, target.name, target.topic, self._resolved)
+        queues = list(self._queues.values())
+        if queues:
+            tally.parked = await parking.park(self._connection, target.name, target.topic, self._work.partition, queues)
+        tally.applied = sum(map(len, self._work.steps.values())) - tally.parked
+        return tally

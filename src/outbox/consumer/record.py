@@ -1,0 +1,108 @@
+"""What the engine needs of a Kafka record, and its headers read once.
+
+Records may come from anybody: headers without a value, bytes that are no text, an `ob-pos` made up by hand. None of
+that may stop a partition; a position that our own relay would not have written counts as none.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Protocol
+
+from outbox import limits, wire
+from outbox.wire import Position
+
+_LOG_ID: Final = re.compile(r"[0-9a-f]{1,15}-[0-9a-f]{4}")
+_INT16_MAX: Final = 2**15 - 1
+_INT32_MAX: Final = 2**31 - 1
+_INT64_MAX: Final = 2**63 - 1
+_TYPE: Final = "ce_type"
+_ID: Final = "ce_id"
+
+
+class Record(Protocol):
+    """A record as aiokafka delivers it."""
+
+    @property
+    def offset(self) -> int:
+        """In its partition."""
+
+    @property
+    def timestamp(self) -> int:
+        """Milliseconds since the epoch."""
+
+    @property
+    def key(self) -> bytes | None:
+        """The Kafka key."""
+
+    @property
+    def value(self) -> bytes | None:
+        """The payload; None for a tombstone of a compacted topic."""
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]:
+        """In order; names may repeat, and the last one counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A record that has not been applied yet."""
+
+    record: Record
+    headers: Mapping[str, bytes | None]
+    event_type: str | None
+    position: Position | None
+
+
+def arrival(record: Record) -> Arrival:
+    """Read a record's headers."""
+    headers = dict(record.headers)
+    event_type = headers.get(_TYPE)
+    position = headers.get(wire.POSITION_HEADER)
+    return Arrival(
+        record,
+        headers,
+        None if event_type is None else _type_text(event_type),
+        None if position is None else read_position(position),
+    )
+
+
+def read_position(header: bytes) -> Position | None:
+    """An `ob-pos` that can be stored and compared; None otherwise."""
+    try:
+        head, ordinal, position, transaction_id = header.rsplit(b"/", 3)
+        origin = _origin(head)
+        if origin is None:
+            return None
+        at = Position(*origin, int(ordinal), int(position), int(transaction_id))
+    except ValueError:
+        return None
+    storable = min(at[3:]) >= 0 and at.ordinal <= _INT32_MAX and max(at[4:]) <= _INT64_MAX
+    return at if storable else None
+
+
+@lru_cache(maxsize=4096)
+def _origin(head: bytes) -> tuple[str, int, int] | None:
+    """Log id, shard and window; the part that all records of a window share."""
+    at = wire.parse_position(head + b"/0/0/0")
+    if at is None or not _LOG_ID.fullmatch(at.log_id):
+        return None
+    storable = 0 <= at.shard <= _INT16_MAX and 0 <= at.window <= _INT64_MAX
+    return (at.log_id, at.shard, at.window) if storable else None
+
+
+@lru_cache(maxsize=1024)
+def _type_text(event_type: bytes) -> str:
+    return event_type.decode("utf-8", "backslashreplace")
+
+
+def event_id(record: Record) -> str | None:
+    """The `ce_id` of a record, in a form that can be stored."""
+    value = dict(record.headers).get(_ID)
+    return None if value is None else storable(value)[: limits.EVENT_ID_MAX_CHARACTERS]
+
+
+def storable(raw: bytes) -> str:
+    """Bytes of unknown making as text that PostgreSQL takes."""
+    return raw.decode("utf-8", "backslashreplace").replace("\x00", "\\x00")

@@ -109,7 +109,6 @@ class _Tenure:
 
     async def serve(self) -> None:
         """Guard, replay, then go on until the relay stops."""
-        await self._wakeup.listen()
         await self._topics.load()
         resume = await window.load(self._connection, self._lease.shard)
         ends = await restore.guard(self._connection, self._servers, self._topics.counts, resume.next_offsets)
@@ -123,6 +122,7 @@ class _Tenure:
         self._log_id, self._cursor = resume.log_id, resume.cursor
         waker = asyncio.create_task(self._wake_when_stopping())
         try:
+            await self._wakeup.listen()
             await self._replay()
             if resume.rest is not None:
                 await self._page(resume.rest)

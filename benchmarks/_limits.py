@@ -27,7 +27,7 @@ async def read(pool: postgres.Pool, rows: list[postgres.Record] | None = None) -
     start = await pool.fetchval("select start_snapshot from outbox.shards where shard = 0")
     count = 0
     async with window.backlog(pool, 0, start, None) as backlog:
-        async for _, page in backlog.pages(limits.WINDOW_MAX_EVENTS):
+        async for _, page in backlog.pages(window.Bounds(limits.WINDOW_MAX_EVENTS, limits.WINDOW_MAX_BYTES)):
             count += len(page)
             if rows is not None:
                 rows.extend(page)

@@ -22,10 +22,12 @@ WINDOW_MAX_EVENTS: Final = 2_500
 WINDOWS_IN_FLIGHT: Final = 2
 BATCH_MAX_BYTES: Final = 900_000
 WINDOWS_KEPT: Final = 10_000
+"""Done windows that stay for people to look at; the relay itself needs the newest only."""
+WINDOW_MAX_BYTES: Final = 8_388_608
+BACKLOG_MAX_SECONDS: Final = 60.0
+"""How long one snapshot is paged through before another one goes on: an old snapshot keeps VACUUM from its work."""
 GUARD_MAX_RECORDS: Final = 10_000_000
 """Records read by the restore guard before it gives up loudly."""
-
-PARKED_DETAIL_MAX_CHARACTERS: Final = 2_000
 
 # Consumers.
 CONSUMER_MAX_RECORDS: Final = 4_000
@@ -35,8 +37,9 @@ PARKED_DETAIL_MAX_CHARACTERS: Final = 2_000
 GET_MANY_MAX_KEYS: Final = 10_000
 WAIT_POLL_MIN_SECONDS: Final = 0.005
 WAIT_POLL_MAX_SECONDS: Final = 0.050
-REVOKE_TIMEOUT_SECONDS: Final = 15.0
-"""How long a rebalance waits for open transactions: half of the group's rebalance timeout."""
+SESSION_TIMEOUT_SECONDS: Final = 10.0
+REBALANCE_TIMEOUT_SECONDS: Final = 30.0
+"""How long the brokers wait for the members of a group when partitions move."""
 COMMIT_EVERY_SECONDS: Final = 5.0
 """Between two advisory commits of offsets to Kafka."""
 BATCH_IDLE_SECONDS: Final = 15

@@ -5,7 +5,7 @@ statement is a constant of the program; values reach it as parameters only. Each
 """
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -71,16 +71,27 @@ class Statement:
         await crash_sites.visit(self.name, "after")
         return value
 
-    async def pages(self, connection: "Connection", size: int, *args: object) -> AsyncGenerator[Sequence[Record]]:
-        """Rows through a cursor, `size` at a time; needs an open transaction."""
+    async def cursor(self, connection: "Connection", *args: object) -> "Cursor":
+        """A cursor over the rows; needs an open transaction."""
+        await crash_sites.visit(self.name, "before")
         cursor = await connection.cursor(self.text, *args, timeout=limits.CURSOR_TIMEOUT_SECONDS)
-        while True:
-            await crash_sites.visit(self.name, "before")
-            rows = await cursor.fetch(size, timeout=limits.CURSOR_TIMEOUT_SECONDS)
-            await crash_sites.visit(self.name, "after")
-            if not rows:
-                return
-            yield rows
+        await crash_sites.visit(self.name, "after")
+        return Cursor(self.name, cursor)
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Rows of one statement, some at a time."""
+
+    name: str
+    driver: Any
+
+    async def fetch(self, size: int) -> list[Record]:
+        """The next rows; none at the end."""
+        await crash_sites.visit(self.name, "before")
+        rows: list[Record] = await self.driver.fetch(size, timeout=limits.CURSOR_TIMEOUT_SECONDS)
+        await crash_sites.visit(self.name, "after")
+        return rows
 
 
 class Statements:

@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     source: str | None = None
     """`ce_source` of published events; the database's name where it is not set."""
     window_max_events: Annotated[PositiveInt, Field(le=50_000)] = limits.WINDOW_MAX_EVENTS
+    window_max_bytes: Annotated[PositiveInt, Field(ge=1_048_576)] = limits.WINDOW_MAX_BYTES
+    """Payloads of one window; a window whose first event alone is larger holds that event."""
     windows_in_flight: Annotated[PositiveInt, Field(le=16)] = limits.WINDOWS_IN_FLIGHT
     batch_max_bytes: Annotated[PositiveInt, Field(ge=65_536)] = limits.BATCH_MAX_BYTES
     compression: Compression = "lz4"
@@ -31,7 +33,8 @@ class Settings(BaseSettings):
     """How long a topic may be missing before the keys written to it are parked."""
 
     lease_seconds: Annotated[float, Field(ge=1.0)] = 4.0
-    poll_min_seconds: PositiveFloat = 0.001
+    poll_min_seconds: PositiveFloat = 0.002
+    """Between two reads while there is work: shorter is quicker, and costs a read and a logged window each time."""
     poll_max_seconds: PositiveFloat = 0.010
     idle_after_seconds: PositiveFloat = 0.1
     """Time without an event after which the relay stops polling and waits for a notification."""
@@ -39,5 +42,8 @@ class Settings(BaseSettings):
     """An idle relay looks once in this time anyway: a dead connection delivers no notification."""
     wakeup: Literal["listen", "poll"] = "listen"
     """`poll` where the relay has no direct connection, as behind PgBouncer in transaction mode."""
+
+    session_timeout_seconds: Annotated[float, Field(ge=1.0, le=300.0)] = limits.SESSION_TIMEOUT_SECONDS
+    """How long the brokers wait for a silent consumer before others get its partitions."""
 
     drain_timeout_seconds: PositiveFloat = limits.DRAIN_TIMEOUT_SECONDS

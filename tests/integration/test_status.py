@@ -54,7 +54,7 @@ async def log(db: Connection, number: int, *, through: int | None = None, after:
 
 
 async def done(db: Connection, number: int) -> None:
-    await db.execute("select outbox.log_done(0::smallint, 0, $1, '{}', 10000)", number)
+    await db.execute("select outbox.log_done(0::smallint, 0, $1, '{}')", number)
 
 
 async def lag(db: Connection) -> int:

@@ -341,19 +341,13 @@ language sql volatile as $$
      where s.shard = p_shard and (p_done_through > s.done_through or p_next_offsets <> '{}')
 $$;
 
-create function outbox.log_done(p_shard smallint, p_epoch bigint, p_done_through bigint, p_next_offsets jsonb, p_keep bigint) returns void
+create function outbox.log_done(p_shard smallint, p_epoch bigint, p_done_through bigint, p_next_offsets jsonb) returns void
 language plpgsql volatile as $$
 begin
     perform outbox.lock_shard(p_shard, p_epoch);
     perform outbox.mark_done(p_shard, p_done_through, p_next_offsets);
-    -- Done windows are history; the newest complete one stays, because retention decides by it.
-    delete from outbox.windows w
-     where w.shard = p_shard and w.window_no <= p_done_through - p_keep
-       and w.window_no < (select max(c.window_no) from outbox.windows c
-                           where c.shard = p_shard and c.kind = 'log' and c.through_position is null
-                             and c.window_no <= p_done_through);
 end $$;
-comment on function outbox.log_done is 'Moves done_through and forgets windows more than p_keep behind it';
+comment on function outbox.log_done is 'Moves done_through where no later window does it on its way';
 
 create function outbox.park(
     p_shard smallint, p_epoch bigint, p_topic text, p_key text, p_window_no bigint, p_ordinal bigint,

@@ -35,6 +35,7 @@ Entry = tuple[int, Record]
 Park = Callable[[Origin, BaseException], Awaitable[None]]
 
 _KEYS_REMEMBERED_MAX: Final = 131_072
+_BATCH_MAX_RECORDS: Final = 1_000_000
 
 
 @dataclass(slots=True)
@@ -52,6 +53,8 @@ class _Lane:
     partition: int
     filling: list[Entry] = field(default_factory=list)
     queue: deque[_Task] = field(default_factory=deque)
+    limit: int = _BATCH_MAX_RECORDS
+    """Records of the next batch: halved when one is refused, then growing slowly, as congestion control does."""
     runner: asyncio.Task[None] | None = None
 
 
@@ -178,7 +181,7 @@ class Publisher:
 
     async def _publish(self, lane: _Lane, task: _Task) -> None:
         """All records of one task, in order; returns when Kafka has the last."""
-        at, limit, following = 0, len(task.entries), 0
+        at, following = 0, 0
         pauses: Iterator[float] | None = None
         missing_since: float | None = None
         while at < len(task.entries):
@@ -187,14 +190,15 @@ class Publisher:
             try:
                 await self._producer.start()
                 generation = self._producer.generation
-                batch, following = self._build(task, at, limit)
+                batch, following = self._build(task, at, lane.limit)
                 if batch.record_count():
                     offset = await self._producer.send(batch, lane.topic, lane.partition)
                     self._next_offsets.setdefault(lane.topic, {})[lane.partition] = offset + batch.record_count()
                     self.published += batch.record_count()
-                at, limit, pauses, missing_since = following, len(task.entries), None, None
+                lane.limit = min(lane.limit + lane.limit // 8 + 1, _BATCH_MAX_RECORDS)
+                at, pauses, missing_since = following, None, None
             except kafka.UNPUBLISHABLE as error:
-                limit = await self._narrow(task, at, following, error)
+                lane.limit = await self._narrow(task, at, following, error)
             except (kafka.KafkaError, OSError, TimeoutError) as error:
                 if isinstance(error, kafka.UnknownTopicOrPartitionError):
                     missing_since = missing_since or clock.monotonic()
@@ -212,7 +216,7 @@ class Publisher:
             return max(1, (following - at) // 2)
         ordinal, row = live[0]
         await self.park(task.window.number, ordinal, row, error)
-        return following - at
+        return 1
 
     async def _park_all(self, task: _Task, at: int, error: BaseException) -> None:
         for ordinal, row in task.entries[at:]:

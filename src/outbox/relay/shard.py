@@ -15,18 +15,18 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
-from outbox import clock, errors, kafka, postgres
+from outbox import clock, errors, kafka, limits, postgres
 from outbox.postgres import Connection, Pool, Record
 from outbox.relay import restore, window
 from outbox.relay.lease import Lease
 from outbox.relay.publish import Publisher
 from outbox.relay.topics import Topics
 from outbox.relay.wakeup import Wakeup
-from outbox.relay.window import Origin, Progress, Span, Window
+from outbox.relay.window import Bounds, Origin, Progress, Span, Window
 from outbox.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class _Tenure:
         self._producer = producer
         self._topics = Topics(self._pool, self._servers, producer)
         self._wakeup = Wakeup(connection, lease.shard, self._settings)
+        self._bounds = Bounds(self._settings.window_max_events, self._settings.window_max_bytes)
         self._persisted_through = 0
         self._persist_at: float | None = None
 
@@ -128,12 +129,22 @@ class _Tenure:
                 await self._page(resume.rest)
             while not self._stopping.is_set():
                 await self._step()
-            await self._publisher.room(1)
-            await self._persist()
+            await self._drain()
         finally:
             waker.cancel()
             await self._publisher.stop()
             await self._wakeup.close()
+
+    async def _drain(self) -> None:
+        """Finish what is in flight, or abandon it to the successor's replay, and persist what is done."""
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout_seconds / 2):
+                await self._publisher.room(1)
+        except TimeoutError:
+            log.warning(
+                "shard %s: Kafka has not acknowledged in time: abandoning the windows in flight", self._lease.shard
+            )
+        await self._persist()
 
     async def _wake_when_stopping(self) -> None:
         await self._stopping.wait()
@@ -147,30 +158,49 @@ class _Tenure:
     async def _step(self) -> None:
         """Read once; log and publish what there is, or wait."""
         await self._publisher.room(self._settings.windows_in_flight)
-        found = await window.read(self._connection, self._lease.shard, self._cursor, self._settings.window_max_events)
+        found = await window.read(self._connection, self._lease.shard, self._cursor, self._bounds)
         if found is None:
             await self._persist_if_due()
             await self._wakeup.found_nothing(self._until_persist())
             return
         await self._wakeup.found()
-        span, rows = found
-        if len(rows) > self._settings.window_max_events:
+        if isinstance(found, window.TooLarge):
             await self._page(None)
         else:
+            span, rows = found
             await self._log(span, rows)
+            if len(rows) < self._bounds.max_events // 4:
+                await self._wakeup.pace()
 
     async def _page(self, rest: Span | None) -> None:
-        """Backlog mode: one snapshot, a window a page."""
-        size = self._settings.window_max_events
+        """Backlog mode, to its end; a snapshot that grew old is given up for one that goes on behind it."""
+        while not self._stopping.is_set():
+            rest = await self._page_one_snapshot(rest)
+            if rest is None:
+                return
+            await self._publisher.room(self._settings.windows_in_flight)
+
+    async def _page_one_snapshot(self, rest: Span | None) -> Span | None:
+        """A window a page; what is left comes back when the snapshot has become too old or the relay stops."""
+        until = clock.monotonic() + limits.BACKLOG_MAX_SECONDS
         async with (
             window.backlog(self._pool, self._lease.shard, self._cursor, rest) as backlog,
-            aclosing(backlog.pages(size)) as pages,
+            aclosing(backlog.pages(self._bounds)) as pages,
         ):
+            left = backlog.span
             async for span, rows in pages:
-                await self._publisher.room(self._settings.windows_in_flight)
+                try:
+                    async with asyncio.timeout(max(until - clock.monotonic(), 0.0)):
+                        await self._publisher.room(self._settings.windows_in_flight)
+                except TimeoutError:
+                    return left
                 await self._log(span, rows)
+                if span.through is None:
+                    return None
+                left = replace(left, after=span.through)
                 if self._stopping.is_set():
-                    return
+                    return left
+        raise AssertionError("the last page of a backlog has no end")
 
     async def _log(self, span: Span, rows: Sequence[Record]) -> None:
         self._lease.check()
@@ -178,6 +208,8 @@ class _Tenure:
         diverted = await window.log(self._connection, self._lease, self._number + 1, span, progress)
         self._number += 1
         self._persisted(progress)
+        if self._number % limits.WINDOWS_KEPT == 0:
+            await window.forget(self._connection, self._lease.shard)
         if span.through is None:
             self._cursor = span.s2
         entries = list(enumerate(rows, 1))

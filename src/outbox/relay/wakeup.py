@@ -58,6 +58,10 @@ class Wakeup:
         self._quiet_seconds = 0.0
         await self._stop_idling()
 
+    async def pace(self) -> None:
+        """Between two reads while there is work: fewer and larger windows, at most `poll_min_seconds` later."""
+        await self._wait(self._settings.poll_min_seconds)
+
     async def found_nothing(self, at_most_seconds: float) -> None:
         """A read brought nothing: wait a little, or go idle and wait for long, but never longer than the given time."""
         if self.idle:

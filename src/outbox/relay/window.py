@@ -11,6 +11,7 @@ nothing: were s1 advanced in memory only, a server crash could hand out transact
 """
 
 import asyncio
+import enum
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -22,6 +23,9 @@ from outbox.postgres import Connection, Pool, Record, Snapshot
 from outbox.relay.lease import Lease
 
 SQL: Final = postgres.Statements("outbox", "relay/window.sql")
+
+_FIRST_PAGE_EVENTS: Final = 250
+_SAMPLE_EVERY: Final = 16
 
 T = TypeVar("T")
 Offsets = dict[str, dict[int, int]]
@@ -36,6 +40,25 @@ class Span:
     s2: Snapshot
     after: int = 0
     through: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How large a window may be."""
+
+    max_events: int
+    max_bytes: int
+
+    def page_events(self, sample: Sequence[Record]) -> int:
+        """Events of the next page, if they are like those of the last one."""
+        mean_bytes = sum(len(row["payload"]) for row in sample) // len(sample) + 1
+        return max(1, min(self.max_events, self.max_bytes // mean_bytes))
+
+
+class TooLarge(enum.Enum):
+    """More became visible than one window takes."""
+
+    PAGE_IT = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +122,15 @@ async def load(connection: Connection, shard: int) -> Resume:
     )
 
 
-async def read(connection: Connection, shard: int, s1: Snapshot, limit: int) -> tuple[Span, list[Record]] | None:
-    """The next window, one row more than `limit` if it does not fit; None when nothing became visible."""
-    rows = await SQL.read.fetch(connection, shard, s1[1], s1[2], limit + 1)
-    return (Span(s1, rows[0]["s2"]), rows) if rows else None
+async def read(
+    connection: Connection, shard: int, s1: Snapshot, bounds: Bounds
+) -> tuple[Span, list[Record]] | TooLarge | None:
+    """The next window; None when nothing became visible, `TooLarge` when it has to be paged."""
+    rows = await SQL.read.fetch(connection, shard, s1[1], s1[2], bounds.max_events + 1, bounds.max_bytes)
+    if not rows:
+        return None
+    s2 = rows[0]["s2"]
+    return TooLarge.PAGE_IT if s2 is None else (Span(s1, s2), rows)
 
 
 @asynccontextmanager
@@ -125,19 +153,27 @@ class Backlog:
     shard: int
     span: Span
 
-    async def pages(self, size: int) -> AsyncGenerator[tuple[Span, Sequence[Record]]]:
+    async def pages(self, bounds: Bounds) -> AsyncGenerator[tuple[Span, Sequence[Record]]]:
         """Pages in order. Only the last one's span has no end, which moves the cursor to s2."""
         s1, s2, after = self.span.s1, self.span.s2, self.span.after
         held: Sequence[Record] = ()
-        fetched = SQL.read_backlog.pages(self.connection, size, self.shard, s1[1], s1[2], s2, after)
-        async with aclosing(ahead(fetched)) as pages:
-            async for rows in pages:
+        async with aclosing(ahead(self._fetched(bounds))) as fetched:
+            async for rows in fetched:
                 if held:
                     through = held[-1]["position"]
                     yield Span(s1, s2, after, through), held
                     after = through
                 held = rows
         yield Span(s1, s2, after), held
+
+    async def _fetched(self, bounds: Bounds) -> AsyncGenerator[Sequence[Record]]:
+        """Rows as the cursor gives them; how many follows from how large the last ones were."""
+        s1, s2, after = self.span.s1, self.span.s2, self.span.after
+        cursor = await SQL.read_backlog.cursor(self.connection, self.shard, s1[1], s1[2], s2, after)
+        size = min(bounds.max_events, _FIRST_PAGE_EVENTS)
+        while rows := await cursor.fetch(size):
+            size = bounds.page_events(rows[::_SAMPLE_EVERY])
+            yield rows
 
 
 async def ahead(pages: AsyncGenerator[T]) -> AsyncGenerator[T]:
@@ -178,9 +214,15 @@ async def log(connection: Connection, lease: Lease, number: int, span: Span, pro
 
 
 async def log_done(connection: Connection, lease: Lease, progress: Progress) -> None:
-    """Persist what is done, and forget windows far behind it."""
-    offsets = _offsets_out(progress.next_offsets)
-    await SQL.done.execute(connection, lease.shard, lease.epoch, progress.done_through, offsets, limits.WINDOWS_KEPT)
+    """Persist what is done."""
+    await SQL.done.execute(
+        connection, lease.shard, lease.epoch, progress.done_through, _offsets_out(progress.next_offsets)
+    )
+
+
+async def forget(connection: Connection, shard: int) -> None:
+    """Delete done windows that nobody needs."""
+    await SQL.forget.execute(connection, shard, limits.WINDOWS_KEPT)
 
 
 async def park(connection: Connection, lease: Lease, origin: Origin, error: BaseException) -> int:

@@ -25,14 +25,22 @@ select window_no, log_id, s1, s2, after_position, through_position
   from outbox.windows where shard = $1 and window_no > $2 order by window_no
 
 -- name: read
--- What has become visible since s1 ($2 its xmax, $3 its list); the snapshot, s2, comes with the first row. Rows: $4.
+-- What has become visible since s1 ($2 its xmax, $3 its list); the snapshot, s2, comes with the first row. Where that is
+-- $4 events or more, or more than $5 bytes, one row comes back, without s2. Rows touched: $4.
+with found as materialized (
+    select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
+    union all
+    select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)
+    limit $4
+), size as (
+    select count(*) < $4 and sum(octet_length(f.payload)) <= $5 as fits, min(f.position) as first from found f
+)
 select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
        (date_part('epoch', r.created_at) * 1000)::bigint as created_at,
-       case row_number() over (order by r.position) when 1 then (select pg_current_snapshot()) end as s2
-  from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
-        union all
-        select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)) r
- order by r.position limit $4
+       case when size.fits and r.position = size.first then pg_current_snapshot() end as s2
+  from found r cross join size
+ where size.fits or r.position = size.first
+ order by r.position
 
 -- name: begin_backlog
 -- The snapshot of the whole backlog, and memory to sort it in: the first statement of its transaction.
@@ -63,7 +71,15 @@ select outbox.log_window($1, $2, $3, $4, $5, $6, $7, $8, $9)
 
 -- name: done
 -- Locks the shard row; see outbox.log_done. Rows: 1.
-select outbox.log_done($1, $2, $3, $4, $5)
+select outbox.log_done($1, $2, $3, $4)
+
+-- name: forget
+-- Done windows more than $2 behind; the newest complete one stays, because retention decides by it. By primary key.
+delete from outbox.windows w using outbox.shards s
+ where w.shard = $1 and s.shard = w.shard and w.window_no <= s.done_through - $2
+   and w.window_no < (select c.window_no from outbox.windows c
+                       where c.shard = $1 and c.kind = 'log' and c.through_position is null and c.window_no <= s.done_through
+                       order by c.window_no desc limit 1)
 
 -- name: park
 -- Locks the shard row; see outbox.park. Rows: one key's rows of the windows in flight.

@@ -9,7 +9,7 @@ everything else (wait).
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 KafkaError = errors.KafkaError
 UnknownTopicOrPartitionError = errors.UnknownTopicOrPartitionError
-TopicPartition = aiokafka.TopicPartition
-RebalanceListener = aiokafka.ConsumerRebalanceListener
+TopicPartition: TypeAlias = aiokafka.TopicPartition
+RebalanceListener: TypeAlias = aiokafka.ConsumerRebalanceListener
 ConsumerRecord: TypeAlias = aiokafka.ConsumerRecord
 
 UNPUBLISHABLE: Final = (
@@ -91,7 +91,8 @@ class Producer:
             await crash_sites.visit(_SITES["start"], "before")
             if self._idempotent is not False:
                 try:
-                    self._producer = await self._connect(idempotent=True)
+                    with _quiet_refusal():
+                        self._producer = await self._connect(idempotent=True)
                     self._idempotent = True
                 except errors.KafkaConnectionError:
                     raise
@@ -186,6 +187,21 @@ class Producer:
             await crash_sites.visit(_SITES["stop"], "after")
 
 
+@contextlib.contextmanager
+def _quiet_refusal() -> Iterator[None]:
+    """Without aiokafka's own report of a refused InitProducerId: `start` says it once, and what follows from it."""
+    reports = logging.getLogger("aiokafka.producer.sender")
+
+    def others(record: logging.LogRecord) -> bool:
+        return "InitProducerIdRequest" not in str(record.msg)
+
+    reports.addFilter(others)
+    try:
+        yield
+    finally:
+        reports.removeFilter(others)
+
+
 async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:
     """Close the connections first: a sender that is merely stopped would still deliver, late, what it holds."""
     with contextlib.suppress(KafkaError, OSError, TimeoutError, RuntimeError, AttributeError):
@@ -221,9 +237,12 @@ class Tail:
         await self._consumer.stop()
 
     async def ends(self, topic: str, partition_count: int) -> dict[int, tuple[int, int]]:
-        """The first and the next offset of each partition."""
-        partitions = [TopicPartition(topic, number) for number in range(partition_count)]
+        """The first and the next offset of each partition that exists; none of a topic that does not."""
         await crash_sites.visit(_SITES["ends"], "before")
+        if topic not in await self._consumer.topics():
+            return {}
+        existing = self._consumer.partitions_for_topic(topic) or set()
+        partitions = [TopicPartition(topic, number) for number in sorted(existing) if number < partition_count]
         first = await self._consumer.beginning_offsets(partitions)
         end = await self._consumer.end_offsets(partitions)
         await crash_sites.visit(_SITES["ends"], "after")

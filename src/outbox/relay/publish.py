@@ -80,6 +80,7 @@ class Publisher:
         self._next_offsets: Offsets = {}
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
+        self._interrupted = False
         self.published = 0
 
     # -------------------------------------------------------------------------------------------- progress
@@ -108,8 +109,13 @@ class Publisher:
         for topic, by_partition in offsets.items():
             self._next_offsets[topic] = by_partition | self._next_offsets.get(topic, {})
 
+    def interrupt(self) -> None:
+        """Let `room` return at once from now on: the relay is asked to stop."""
+        self._interrupted = True
+        self._changed.set()
+
     async def room(self, windows: int) -> None:
-        """Wait until fewer than `windows` are in flight.
+        """Wait until fewer than `windows` are in flight, or until interrupted.
 
         Raises:
             ShardUnavailable: the lease ran out. Database errors of parking come out here as well.
@@ -117,10 +123,15 @@ class Publisher:
         while True:
             if self._failure is not None:
                 raise self._failure
-            if self.in_flight < windows:
+            if self.in_flight < windows or self._interrupted:
                 return
             self._changed.clear()
             await self._changed.wait()
+
+    async def drained(self) -> None:
+        """Wait until nothing is in flight; raises what `room` raises."""
+        self._interrupted = False
+        await self.room(1)
 
     # ---------------------------------------------------------------------------------------------- dealing
 

@@ -139,7 +139,7 @@ class _Tenure:
         """Finish what is in flight, or abandon it to the successor's replay, and persist what is done."""
         try:
             async with asyncio.timeout(self._settings.drain_timeout_seconds / 2):
-                await self._publisher.room(1)
+                await self._publisher.drained()
         except TimeoutError:
             log.warning(
                 "shard %s: Kafka has not acknowledged in time: abandoning the windows in flight", self._lease.shard
@@ -148,6 +148,7 @@ class _Tenure:
 
     async def _wake_when_stopping(self) -> None:
         await self._stopping.wait()
+        self._publisher.interrupt()
         self._wakeup.wake()
 
     async def _replay(self) -> None:
@@ -158,6 +159,8 @@ class _Tenure:
     async def _step(self) -> None:
         """Read once; log and publish what there is, or wait."""
         await self._publisher.room(self._settings.windows_in_flight)
+        if self._stopping.is_set():
+            return
         found = await window.read(self._connection, self._lease.shard, self._cursor, self._bounds)
         if found is None:
             await self._persist_if_due()
@@ -194,12 +197,12 @@ class _Tenure:
                         await self._publisher.room(self._settings.windows_in_flight)
                 except TimeoutError:
                     return left
+                if self._stopping.is_set():
+                    return left
                 await self._log(span, rows)
                 if span.through is None:
                     return None
                 left = replace(left, after=span.through)
-                if self._stopping.is_set():
-                    return left
         raise AssertionError("the last page of a backlog has no end")
 
     async def _log(self, span: Span, rows: Sequence[Record]) -> None:

@@ -37,7 +37,7 @@ ARRIVE_TIMEOUT_SECONDS: Final = 30.0
 
 EXAMPLES: Final = """
 examples:
-  python -m examples.agents.demo                     20,000 events, then the verdict
+  python -m examples.agents.demo                     15,000 events, then the verdict
   python -m examples.agents.demo --events 100000     longer
   python -m examples.agents.demo --json | jq .valid  for programs; progress goes to stderr
   python -m examples.agents.demo --sabotage cache    see the verdict fail: a row of the cache is deleted first
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--events", type=int, default=20_000, metavar="N", help="events to commit (default 20,000)")
+    parser.add_argument("--events", type=int, default=15_000, metavar="N", help="events to commit (default 15,000)")
     parser.add_argument("--seed", type=int, default=1, help="of the writers' choices; what interleaves is up to chance")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--sabotage", choices=["cache", "record"], help="spoil one row, or hide one record")
@@ -88,44 +88,54 @@ class Demo:
         return await self.judge(load)
 
     async def start_services(self) -> None:
-        """Relay, workflow service and observer; returns when an event has gone all the way."""
+        """Relay, workflow service and observer; returns when events go all the way."""
         set_up = self._set_up
-        self._services = [
-            set_up.start_python(
-                "observer", "examples.agents.observer", "--report", self._reports / "observer",
-                database_url=set_up.owner_url,
-            ),
-            set_up.start("relay", OUTBOX, "relay", database_url=set_up.owner_url),
-            set_up.start_python(
-                "workflow-service", "examples.agents.workflow_service", database_url=set_up.cache_url
-            ),
-        ]  # fmt: skip
+        relay = set_up.start("relay", OUTBOX, "relay", database_url=set_up.owner_url)
+        workflows = set_up.start_python(
+            "workflow-service", "examples.agents.workflow_service", database_url=set_up.cache_url
+        )
         for number, agent_id in enumerate(POPULAR):
             await agent_service.create(set_up.owner, agent_id, f"popular {number}")
-
-        async def first_probe_arrived() -> bool:
-            query = "select exists (select from workflow_agent_cache where agent_name like 'probe %')"
-            return bool(await set_up.cache.fetchval(query))
-
-        await set_up.wait_until("the first probe is in the cache", first_probe_arrived, START_TIMEOUT_SECONDS)
+        cached = "select count(*) from workflow_agent_cache"
+        await set_up.wait_until(
+            "the first agents are in the cache",
+            lambda: set_up.holds(set_up.cache, cached, at_least=len(POPULAR)),
+            START_TIMEOUT_SECONDS,
+        )
+        observer = set_up.start_python(
+            "observer", "examples.agents.observer", "--report", self._reports / "observer",
+            database_url=set_up.owner_url,
+        )  # fmt: skip
+        await set_up.wait_until(
+            "the first probe is in the cache",
+            lambda: set_up.holds(set_up.cache, cached, at_least=len(POPULAR) + 1),
+            START_TIMEOUT_SECONDS,
+        )
+        self._services = [observer, relay, workflows]
 
     async def write(self, watch: "Watch") -> Load:
         """Run the writers, and wait until the last of their events is in the cache."""
-        before = await watch.look()
+        set_up = self._set_up
         writers = [
-            self._set_up.start_python(
+            set_up.start_python(
                 f"writers-{number}", "examples.agents.traffic", "--name", f"w{number}", "--writers", str(WRITERS),
                 "--events", str(-(-self._options.events // PROCESSES)), "--seed", str(self._options.seed + number),
-                "--report", self._reports / f"writers-{number}", database_url=self._set_up.owner_url,
+                "--report", self._reports / f"writers-{number}", database_url=set_up.owner_url,
             )
             for number in range(PROCESSES)
         ]  # fmt: skip
+        await set_up.wait_until(
+            "the writers begin",
+            lambda: set_up.holds(set_up.owner, "select count(*) from agents where name like 'agent w%'", at_least=1),
+            START_TIMEOUT_SECONDS,
+        )
+        before = await watch.look()
 
         async def writers_ended() -> bool:
             await watch.look()
             return not any(process.running for process in writers)
 
-        await self._set_up.wait_until("the writers are done", writers_ended, WRITE_TIMEOUT_SECONDS)
+        await set_up.wait_until("the writers are done", writers_ended, WRITE_TIMEOUT_SECONDS)
         after = await watch.look()
 
         async def arrived() -> bool:

@@ -26,7 +26,7 @@ from examples.agents.traffic import POPULAR
 PROBE_SECONDS: Final = 0.025
 LOOK_SECONDS: Final = 0.002
 SAMPLE_SECONDS: Final = 0.050
-ARRIVAL_TIMEOUT_SECONDS: Final = 10.0
+OVERDUE_SECONDS: Final = 10.0
 
 NAMES: Final = "select agent_id, agent_name from workflow_agent_cache where agent_id = any($1::uuid[])"
 
@@ -66,7 +66,7 @@ class Observer:
             if seen.get(agent_id) == name:
                 self.latencies.append((committed_at, now - committed_at))
                 self._idle.append(agent_id)
-            elif now - committed_at > ARRIVAL_TIMEOUT_SECONDS:
+            elif now - committed_at > OVERDUE_SECONDS:
                 self.overdue += 1
             else:
                 continue

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Final
+from typing import Final, LiteralString
 
 import asyncpg
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -87,6 +87,10 @@ class Stage:
                 logs = "\n".join(f"--- {service.name}\n{service.log_tail()}" for service in self._services)
                 raise OverdueError(f"waited {timeout_seconds:.0f} s in vain until {what}\n{logs}")
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def holds(self, pool: Pool, count: LiteralString, *, at_least: int) -> bool:
+        """Whether a query for a number has reached it."""
+        return bool(await pool.fetchval(count) >= at_least)
 
     async def clear(self) -> None:
         """End whatever still runs."""

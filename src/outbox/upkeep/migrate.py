@@ -47,7 +47,8 @@ __all__ = [
 
 SQL: Final = postgres.Statements("outbox", "upkeep/migrate.sql")
 APPLY: Final = crash_sites.register("outbox.upkeep.migrate.apply")
-LOCK_NOT_AVAILABLE: Final = "55P03"
+LOCKED_OUT: Final = ("55P03", "40P01")
+"""Lock not available in time; or a deadlock with a transaction that holds what we need, and waits for us."""
 
 State = Literal["applied", "pending", "changed", "unknown"]
 
@@ -272,7 +273,7 @@ async def _exclusively(connection: "Connection", migration: Migration) -> "Async
             yield
             await SQL.configure.execute(connection, *before.values())
     except postgres.PostgresError as error:
-        if postgres.sqlstate(error) != LOCK_NOT_AVAILABLE:
+        if postgres.sqlstate(error) not in LOCKED_OUT:
             raise
         raise MigrationBusy(
             f"{migration} waited too long for a lock and was rolled back: another migrator is at work, or a"

@@ -28,7 +28,8 @@ from pydantic import BaseModel, TypeAdapter
 from outbox import limits
 from outbox.cache import handlers, table
 from outbox.cache.effects import DELETE, Delete, Patch
-from outbox.cache.fold import Fault, Step, fold
+from outbox.cache.fold import Fault, Step
+from outbox.cache.fold import fold as fold_key
 from outbox.cache.handlers import Handler, Shape
 from outbox.cache.merge import Merge
 from outbox.cache.read import Reader
@@ -146,7 +147,7 @@ class Cache(Generic[Row]):
             if isinstance(effect, Fault):
                 raise CacheDeclarationError(f"{handler.kind.type} of {key}: {effect.reason}: {effect.detail}")
             steps.setdefault(key, []).append(Step(effect, None))
-        rows = (fold(of_key).base for of_key in steps.values())
+        rows = (fold_key(of_key).base for of_key in steps.values())
         return [row for row in rows if isinstance(row, self.row)]
 
     async def prepare(self, db: Pool | Connection) -> Merge:

@@ -47,11 +47,19 @@ class Shape:
             self._adapters[column] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
         return self._adapters[column]
 
-    def checked(self, effect: object, key: str) -> Effect:
-        """What a handler returned for an event with this key, or why that will not do."""
+    def checked(self, effect: object, key: str, value: object = None) -> Effect:
+        """What a handler returned for an event with this key, or why that will not do.
+
+        Args:
+            effect: what it returned.
+            key: the event's key.
+            value: the same as the event has it; equal values need not be compared as text.
+        """
         if isinstance(effect, self.row):
-            value = getattr(effect, self.key)
-            text = str(value) if type(value) is UUID else key_text(value)
+            own = getattr(effect, self.key)
+            if type(own) is type(value) and own == value:
+                return effect
+            text = key_text(own)
             return effect if text == key else _mismatch(text, key)
         if isinstance(effect, Patch):
             text = key_text(effect.key)
@@ -80,7 +88,7 @@ def _mismatch(text: str, key: str) -> Fault:
 def call(handler: Handler, shape: Shape, event: Event, key: str) -> Effect:
     """The checked effect of one event; never raises."""
     try:
-        return shape.checked(handler.function(event), key)
+        return shape.checked(handler.function(event), key, getattr(event, handler.kind.key_field))
     except Exception as error:  # noqa: BLE001 - a handler is the user's code; whatever it raises is this event's fault
         return Fault.of(error)
 

@@ -59,12 +59,9 @@ class Merge:
             ValueError: a value has no JSON form.
         """
         assert folded.last is not None
-        if folded.base is DELETE:
-            body = self._patch_document(key, {})
-        elif folded.base is None:
-            body = self._patch_document(key, folded.columns)
+        if folded.base is None or folded.base is DELETE:
+            body = self._patch_document(key, folded.columns)  # of a deletion: only the key
         else:
-            assert isinstance(folded.base, BaseModel)
             body = self._row_document(folded.base)
         return Change(key, folded, body[:-1] + _runtime(folded.last))
 
@@ -87,9 +84,10 @@ class Merge:
         return [record["missing"] for record in missing]
 
     def _row_document(self, row: BaseModel) -> bytes:
-        odd = _odd(row.__dict__, self._table) if self._table.exact else {}
-        body: bytes = row.__pydantic_serializer__.to_json(row, by_alias=False, exclude=set(odd) or None)
-        return _with(body, odd) if odd else body
+        if not self._table.exact:
+            return row.__pydantic_serializer__.to_json(row)
+        odd = _odd(row.__dict__, self._table)
+        return _with(row.__pydantic_serializer__.to_json(row, exclude=set(odd)), odd)
 
     def _patch_document(self, key: str, columns: dict[str, object]) -> bytes:
         odd = _odd(columns, self._table) if self._table.exact else {}

@@ -61,7 +61,8 @@ class Consumer(Loop):
         Raises:
             CacheDeclarationError: no target, one without handlers, or two for one table.
         """
-        super().__init__(drain_timeout_seconds=(settings or Settings()).drain_timeout_seconds)
+        self._settings = settings or Settings()
+        super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds)
         _check_targets(targets)
         self.group = group or targets[0].table
         """The consumer's name, in Kafka and in outbox.positions."""
@@ -113,7 +114,9 @@ class Consumer(Loop):
             return  # stopped before the database answered
         pauses = retry.backoff()
         while not self._stopping.is_set():
-            membership = Membership(self._engine, self._servers, self.group, self._topics)
+            membership = Membership(
+                self._engine, self._servers, self.group, self._topics, self._settings.session_timeout_seconds
+            )
             try:
                 await membership.start()
             except (kafka.KafkaError, *postgres.CONNECTION_ERRORS) as error:

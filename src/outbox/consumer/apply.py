@@ -163,11 +163,11 @@ class Engine:
                 continue
             found = arrival(record)
             if (at := found.position) is not None:
-                origin = (at.log_id, at.shard)
-                known = marks.get(origin) or partition.marks.get(origin, _BEFORE_ALL)
-                if at.mark <= known:
+                origin = at[:2]
+                mark = at[2:4]
+                if mark <= (marks.get(origin) or partition.marks.get(origin, _BEFORE_ALL)):
                     continue
-                marks[origin] = at.mark
+                marks[origin] = mark
             fresh.append(found)
         if not records or records[-1].offset < partition.next_offset:
             return None

@@ -99,9 +99,10 @@ class Lane:
 class Lanes:
     """All lanes of one consumer."""
 
-    def __init__(self, engine: Engine, source: Source, read_one: ReadOne) -> None:
-        """Feeding `engine` from `source`."""
+    def __init__(self, engine: Engine, source: Source, read_one: ReadOne, *, revoke_seconds: float) -> None:
+        """Feeding `engine` from `source`; a revocation waits `revoke_seconds` for open batches."""
         self._engine = engine
+        self._revoke_seconds = revoke_seconds
         self._source = source
         self._read_one = read_one
         self._lanes: dict[TopicPartition, Lane] = {}
@@ -134,7 +135,7 @@ class Lanes:
             if lane.task is not None:
                 lane.task.cancel()
         try:
-            async with asyncio.timeout(limits.REVOKE_TIMEOUT_SECONDS):
+            async with asyncio.timeout(self._revoke_seconds):
                 for lane in lanes:
                     async with lane.batch:
                         pass

@@ -5,8 +5,8 @@ here, and why:
 
 * `AckPolicy.MANUAL`: no offset is committed for us. `auto_offset_reset=earliest` is never relied on: lanes seek.
 * A parser and a decoder of our own, because FastStream's fail on headers without a value and lose tombstones.
-* The rebalance timeout is longer than the session's default and shorter than the request timeout, so that an open batch
-  can be finished before partitions move.
+* The rebalance timeout is shorter than the request timeout, or the coordinator would be given up while it waits for
+  other members; the session is short, because it is how long a killed process keeps its partitions (ADR 0014).
 * `read_committed`, so that a transactional relay's aborted batches are never seen.
 """
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _POLL_MILLISECONDS: Final = 20
 _METADATA_MAX_AGE_MILLISECONDS: Final = 5_000
 """How long a topic that is created, or grows, may go unnoticed."""
+_HEARTBEAT_MAX_SECONDS: Final = 3.0
 _LAST_READS: Final = 4
 """Connections for looking at the last applied record, at a time."""
 
@@ -52,8 +53,11 @@ class _Listener(kafka.RebalanceListener):  # type: ignore[misc] # aiokafka ships
 class Membership:
     """This process as a member of a consumer group, from `start` to `stop`."""
 
-    def __init__(self, engine: Engine, servers: str, group: str, topics: Sequence[str]) -> None:
-        """Reading `topics` for the consumer group `group`."""
+    def __init__(self, engine: Engine, servers: str, group: str, topics: Sequence[str], session_seconds: float) -> None:
+        """Reading `topics` for the consumer group `group`.
+
+        While partitions are taken away no heartbeat may be sent, so open batches get half of the session.
+        """
         self._servers = servers
         self._reading = asyncio.Semaphore(_LAST_READS)
         self._broker = KafkaBroker(
@@ -62,7 +66,7 @@ class Membership:
             consumer_only=True,
             allow_auto_create_topics=False,
             metadata_max_age_ms=_METADATA_MAX_AGE_MILLISECONDS,
-            graceful_timeout=limits.REVOKE_TIMEOUT_SECONDS,
+            graceful_timeout=session_seconds / 2,
             apply_types=False,
             logger=None,
         )
@@ -78,13 +82,13 @@ class Membership:
             listener=_Listener(self),
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            session_timeout_ms=30_000,
-            heartbeat_interval_ms=3_000,
-            rebalance_timeout_ms=int(limits.REVOKE_TIMEOUT_SECONDS * 2 * 1000),
+            session_timeout_ms=int(session_seconds * 1000),
+            heartbeat_interval_ms=int(min(session_seconds / 3, _HEARTBEAT_MAX_SECONDS) * 1000),
+            rebalance_timeout_ms=int(limits.REBALANCE_TIMEOUT_SECONDS * 1000),
             max_poll_interval_ms=300_000,
         )
         self._subscriber(self._handle)
-        self.lanes = Lanes(engine, _Source(self._subscriber), self._read_one)
+        self.lanes = Lanes(engine, _Source(self._subscriber), self._read_one, revoke_seconds=session_seconds / 2)
 
     async def start(self) -> None:
         """Join the group.

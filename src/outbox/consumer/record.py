@@ -45,7 +45,7 @@ class Record(Protocol):
         """In order; names may repeat, and the last one counts."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each record, and freezing would triple what that costs
 class Arrival:
     """A record that has not been applied yet."""
 
@@ -75,11 +75,12 @@ def read_position(header: bytes) -> Position | None:
         origin = _origin(head)
         if origin is None:
             return None
-        at = Position(*origin, int(ordinal), int(position), int(transaction_id))
+        log_id, shard, window = origin
+        at = Position(log_id, shard, window, int(ordinal), int(position), int(transaction_id))
     except ValueError:
         return None
-    storable = min(at[3:]) >= 0 and at.ordinal <= _INT32_MAX and max(at[4:]) <= _INT64_MAX
-    return at if storable else None
+    storable = 0 <= at.ordinal <= _INT32_MAX and 0 <= at.position <= _INT64_MAX
+    return at if storable and 0 <= at.transaction_id <= _INT64_MAX else None
 
 
 @lru_cache(maxsize=4096)

@@ -2,9 +2,10 @@
 
     python -m benchmarks._faststream_app SQLALCHEMY_URL KAFKA TOPIC IDEMPOTENT(0|1)
 
-Like our relay it acknowledges a row only after all in-sync replicas have the record, compresses with lz4 and carries key and
-headers over. Its own settings for a high rate: `terminal_flush_batch_size` of 100 (the value in its performance guide),
-larger claims, several workers; the numbers are the best of a sweep on two cores (docs/benchmarks.md).
+Like our relay it acknowledges a row only after all in-sync replicas have the record, compresses with lz4 and carries
+key and headers over. Its own settings for a high rate: `terminal_flush_batch_size` of 100 (the value in its
+performance guide), larger claims, several workers; the numbers are the best of a sweep on two cores
+(docs/benchmarks.md).
 """
 
 import asyncio
@@ -21,9 +22,9 @@ from sqlalchemy import MetaData
 from sqlalchemy.ext.asyncio import create_async_engine
 
 QUEUE = "events"
-MAX_WORKERS = int(os.environ.get("BENCH_FASTSTREAM_WORKERS", "20"))
-FETCH_BATCH_SIZE = int(os.environ.get("BENCH_FASTSTREAM_FETCH", "1000"))
-FLUSH_BATCH_SIZE = int(os.environ.get("BENCH_FASTSTREAM_FLUSH", "100"))
+MAX_WORKERS = int(os.environ.get("BENCH_FASTSTREAM_WORKERS", "50"))
+FETCH_BATCH_SIZE = int(os.environ.get("BENCH_FASTSTREAM_FETCH", "5000"))
+FLUSH_BATCH_SIZE = int(os.environ.get("BENCH_FASTSTREAM_FLUSH", "500"))
 
 
 def app(url: str, kafka: str, topic: str, *, idempotent: bool) -> FastStream:

@@ -1,7 +1,7 @@
 """The two limits of the relay, each in a process of its own: reading without sending, sending without reading.
 
-    python -m benchmarks._limits window DATABASE_URL
-    python -m benchmarks._limits send DATABASE_URL KAFKA TOPIC
+python -m benchmarks._limits window DATABASE_URL
+python -m benchmarks._limits send DATABASE_URL KAFKA TOPIC
 """
 
 import asyncio

@@ -3,8 +3,8 @@
     python -m benchmarks._writer DATABASE_URL TOPIC EVENTS_PER_SECOND SECONDS CONNECTIONS
 
 `sent` is the time just before the statement left, `committed` just after its COMMIT returned, both on the machine's
-monotonic clock. The statement is `outbox.emit`, a transaction by itself: one round trip, so that 2,000 a second leave the
-machine to the relay.
+monotonic clock. The statement is `outbox.emit`, a transaction by itself: one round trip, so that 2,000 a second leave
+the machine to the relay.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """What a service pays: WAL an event, through `outbox.transaction`, one event or a hundred a transaction.
 
-Nothing else writes meanwhile. A checkpoint and some events go before, so that the first touches of pages, which log whole
-pages, are not what is measured.
+Nothing else writes meanwhile. A checkpoint and some events go before, so that the first touches of pages, which log
+whole pages, are not what is measured.
 """
 
 import asyncio

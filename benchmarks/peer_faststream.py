@@ -75,8 +75,7 @@ async def _watch(bench: Bench, ground: Ground, child: Child, events: int) -> Run
         seen(total)
 
     with bench.step(f"faststream-outbox relaying {events:,} events", events) as seen:
-        ended = await ground.ends.reach(
-            events, timeout_seconds=_TIME_LIMIT_SECONDS, seen=look, check=child.check
-        )
+        ended = await ground.ends.reach(events, timeout_seconds=_TIME_LIMIT_SECONDS, seen=look, check=child.check)
     started, cpu, already = first[0]
-    return Run(events - already, ended - started, last[0] - cpu)
+    rss = child.rss_mib()
+    return Run(events - already, ended - started, last[0] - cpu, 0.0, rss, 0.0)

@@ -34,7 +34,11 @@ class Child:
         self.log = Path(self._directory.name) / "log"
         with self.output.open("wb") as output, self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=log, env={**os.environ, **(environment or {})}
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
             )
         self._stats = psutil.Process(self._process.pid)
 

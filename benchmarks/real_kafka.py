@@ -1,4 +1,4 @@
-"""Apache Kafka for measurements: as the tests start it, but with the compiler that makes it fast rather than ready soon."""
+"""Apache Kafka for measurements: as the tests start it, but compiled for speed, not for being ready soon."""
 
 import os
 from typing import Final

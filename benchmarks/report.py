@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,8 @@ class Report:
         for name in ("", "median", "unit", "lowest", "highest", "n"):
             table.add_column(name, justify="left" if name in {"", "unit"} else "right", no_wrap=True)
         section = None
-        for figure in self._figures.values():
+        sections = list(dict.fromkeys(figure.section for figure in self._figures.values()))
+        for figure in sorted(self._figures.values(), key=lambda figure: sections.index(figure.section)):
             if figure.section != section:
                 section = figure.section
                 table.add_row(f"\n[bold cyan]{section}[/]")
@@ -77,7 +79,7 @@ def _text(value: float) -> str:
     return f"{value:.3g}" if value else "0"
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, min(len(ordered) - 1, round(share * len(ordered) + 0.5) - 1))]

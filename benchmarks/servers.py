@@ -33,9 +33,9 @@ select exists (select from pg_locks l join pg_database d on d.oid = l.database
 class Ends:
     """How many records a topic holds.
 
-    A look asks for the end offsets, one small request. Apache Kafka answers exactly; the embedded broker answers the first
-    offset of the newest batch, plus one. So the looks tell *when* the last batch arrived, and a read from that offset on
-    tells how much is there.
+    A look asks for the end offsets, one small request. Apache Kafka answers exactly; the embedded broker answers the
+    first offset of the newest batch, plus one. So the looks tell *when* the last batch arrived, and a read from that
+    offset on tells how much is there.
     """
 
     def __init__(self, servers: str, topic: str) -> None:
@@ -125,9 +125,7 @@ class Ground:
         """Commit events in one transaction; the time at which COMMIT returned comes back."""
         async with self.pool.acquire() as connection:
             async with connection.transaction():
-                await connection.execute(
-                    workload.LOAD_AT_ONCE, self.topic, first, last, timeout=_LOAD_TIMEOUT_SECONDS
-                )
+                await connection.execute(workload.LOAD_AT_ONCE, self.topic, first, last, timeout=_LOAD_TIMEOUT_SECONDS)
                 await connection.execute(workload.WAKE)
                 before_commit()
             return time.perf_counter()
@@ -146,7 +144,7 @@ class Ground:
             TimeoutError: it never did.
         """
         async with asyncio.timeout(timeout_seconds):
-            while not await self.pool.fetchval(_IDLE, _WAKE_LOCK):
+            while not await self.pool.fetchval(_IDLE, _WAKE_LOCK):  # noqa: ASYNC110 - another process's state
                 await asyncio.sleep(_LOOK_SECONDS)
 
     async def wal_position(self) -> int:
@@ -184,9 +182,7 @@ class Servers:
                 await self._with_admin(lambda admin: admin.delete_topics([topic]))
 
     async def _create_topic(self, topic: str) -> None:
-        answer = await self._with_admin(
-            lambda admin: admin.create_topics([NewTopic(topic, workload.PARTITIONS, 1)])
-        )
+        answer = await self._with_admin(lambda admin: admin.create_topics([NewTopic(topic, workload.PARTITIONS, 1)]))
         for name, code, *message in answer.topic_errors:
             if code != 0:
                 raise RuntimeError(f"creating topic {name} failed: {code} {message}")

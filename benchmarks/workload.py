@@ -1,7 +1,8 @@
 """The events, and how they get into PostgreSQL: in one transaction, or in one of their own each.
 
-About 200 bytes of JSON, 10,000 keys in turn, text that compresses about as badly as text does. They are made inside the
-database, so that the loader costs the measured processes nothing, by the same functions for every relay that is compared.
+About 200 bytes of JSON, 10,000 keys in turn, text that compresses about as badly as text does. They are made inside
+the database, so that the loader costs the measured processes nothing, by the same functions for every relay that is
+compared.
 """
 
 from typing import Final

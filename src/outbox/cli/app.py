@@ -41,10 +41,10 @@ def options(
 
 
 app.add_typer(migrate.app, name="migrate")
-app.command()(relay.relay)
-app.command()(status.status)
+app.command(epilog="Example:  SAGABOX_LEASE_SECONDS=10 outbox relay --log-level warning")(relay.relay)
+app.command(epilog="Examples:  outbox status --watch          outbox status --max-lag 30 --json")(status.status)
 app.add_typer(parked.app, name="parked")
-app.command()(adopt.adopt)
+app.command(epilog="Example:  outbox adopt --database-url postgresql://owner@db/shop")(adopt.adopt)
 
 
 def main() -> None:

@@ -32,14 +32,14 @@ async def test_page(page: Path, urls: dict[str, str], broker: str, tmp_path: Pat
         pools = {"llm_agent_db": owner, "workflow_db": workflow}
         for pool in pools.values():
             await migrate.up(pool)
-        session = Session(page, urls, pools, broker, tmp_path)
-        for block in blocks(page):
-            try:
-                async with asyncio.timeout(BLOCK_TIMEOUT_SECONDS):
-                    await session.run(block)
-            except BaseException as error:
-                error.add_note(f"in the {block.language} block at {page.relative_to(ROOT)}:{block.line}")
-                raise
+        async with Session(page, urls, pools, broker, tmp_path) as session:
+            for block in blocks(page):
+                try:
+                    async with asyncio.timeout(BLOCK_TIMEOUT_SECONDS):
+                        await session.run(block)
+                except BaseException as error:
+                    error.add_note(f"in the {block.language} block at {page.relative_to(ROOT)}:{block.line}")
+                    raise
 
 
 def test_blocks_are_found_with_what_stands_in_front_of_them(tmp_path: Path) -> None:
@@ -68,13 +68,16 @@ def test_output_is_compared_by_lines_in_order() -> None:
         ("sql", None, "select 1 / 0"),
         ("console", None, "$ false\n"),
         ("console", None, "$ echo yes\nno\n"),
+        ("console", "service", "$ echo yes\nno\n"),
         ("", None, "who knows"),
     ],
 )
 async def test_a_block_that_does_not_hold_fails(
     language: str, test: str | None, body: str, urls: dict[str, str], broker: str, tmp_path: Path
 ) -> None:
-    async with asyncpg.create_pool(urls["llm_agent_db"]) as pool:
-        session = Session(tmp_path, urls, {"llm_agent_db": pool, "workflow_db": pool}, broker, tmp_path)
+    async with (
+        asyncpg.create_pool(urls["llm_agent_db"]) as pool,
+        Session(tmp_path, urls, {"llm_agent_db": pool, "workflow_db": pool}, broker, tmp_path) as session,
+    ):
         with pytest.raises((AssertionError, asyncpg.DivisionByZeroError)):
             await session.run(Block(1, language, test, body))

@@ -12,7 +12,8 @@ An HTML comment in front of a block says more where that is not enough:
 
     <!-- test: program -->      python: a whole program, run as a process that finds no servers in its environment
     <!-- test: workflow_db -->  sql: for the other database
-    <!-- test: until shown -->  console: the command runs on; it gets SIGTERM when it has printed the lines under it
+    <!-- test: service -->      console: the page goes on when the command has printed the lines under it; it runs on
+                                beside what follows, until SIGTERM, which must end it with status 0
     <!-- test: dry -->          console: make is only asked what it would do
 """
 
@@ -24,15 +25,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from outbox import Pool
 
 ROOT: Final = Path(__file__).parents[2]
 SILENT: Final = frozenset({"text", "json", "ini", "yaml"})
+STOP_TIMEOUT_SECONDS: Final = 20.0
 SERVERS: Final = frozenset({"DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS"})
 
 _BLOCK: Final = re.compile(
@@ -90,12 +92,20 @@ class Session:
             "NO_COLOR": "1",
             "COLUMNS": "120",
         }
+        self._services: list[Command] = []
         self._names: dict[str, Any] = {
             "__name__": page.stem,
             "pool": pools["llm_agent_db"],
             "workflow_pool": pools["workflow_db"],
             "kafka": kafka,
         }
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        while self._services:
+            await self._services.pop().end()
 
     async def run(self, block: Block) -> None:
         """Run one block.
@@ -109,19 +119,23 @@ class Session:
             case "python", "program":
                 self._program_file.write_text(block.body, encoding="utf-8")
                 own = {name: value for name, value in self._environment.items() if name not in SERVERS}
-                await _command([sys.executable, str(self._program_file)], own, "", until_shown=False)
+                await Command([sys.executable, str(self._program_file)], own).ends_well("")
             case "sql", database:
                 await self._pools[database or "llm_agent_db"].execute(block.body)
             case "console", test:
-                for command, expected in block.commands():
-                    shell = f"{command} --dry-run" if test == "dry" else f"exec {command}"
-                    await _command(
-                        ["bash", "-c", shell], self._environment, expected, until_shown=test == "until shown"
-                    )
+                for line, expected in block.commands():
+                    await self._console(line, expected, test)
             case language, _:
-                assert language in SILENT, (
-                    f"a block of {language!r} cannot be tested; fence it as text if nobody types it"
-                )
+                assert language in SILENT, f"a block of {language!r} cannot be tested; is it text?"
+
+    async def _console(self, line: str, expected: str, test: str | None) -> None:
+        shell = f"{line} --dry-run" if test == "dry" else f"exec {line}"
+        command = Command(["bash", "-c", shell], self._environment)
+        if test == "service":
+            self._services.append(command)
+            await command.shows(expected)
+        else:
+            await command.ends_well(expected)
 
     async def _python(self, block: Block) -> None:
         aligned = "\n" * (block.line - 1) + block.body  # tracebacks then name the page's lines
@@ -131,22 +145,60 @@ class Session:
             await result
 
 
-async def _command(command: list[str], environment: Mapping[str, str], expected: str, *, until_shown: bool) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    output = ""
-    try:
-        assert process.stdout is not None
-        async for line in process.stdout:
-            output += line.decode()
-            if until_shown and shows(output, expected):
-                process.send_signal(signal.SIGTERM)
-                until_shown = False
-        status = await process.wait()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert status == 0, f"{command[-1]} ended with {status}:\n{output}"
-    assert shows(output, expected), f"{command[-1]} printed\n{output}\ninstead of\n{expected}"
+class Command:
+    """One process and what it has printed."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        """It starts when it is first waited for."""
+        self._arguments = arguments
+        self._environment = environment
+        self._process: asyncio.subprocess.Process | None = None
+        self._output = ""
+
+    async def ends_well(self, expected: str) -> None:
+        """Wait for its end; the status is 0 and the expected lines were printed."""
+        try:
+            await self._read(until=None)
+        except BaseException:
+            await self._kill()
+            raise
+        assert self._process is not None
+        status = await self._process.wait()
+        assert status == 0, f"{self._arguments[-1]} ended with {status}:\n{self._output}"
+        self._compare(expected)
+
+    async def shows(self, expected: str) -> None:
+        """Wait until it has printed the expected lines."""
+        try:
+            await self._read(until=expected)
+            self._compare(expected)
+        except BaseException:
+            await self._kill()
+            raise
+
+    async def end(self) -> None:
+        """SIGTERM, after which it ends well."""
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(STOP_TIMEOUT_SECONDS):
+            await self.ends_well("")
+
+    async def _read(self, *, until: str | None) -> None:
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._arguments, env=self._environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            self._output += line.decode()
+            if until is not None and shows(self._output, until):
+                return
+
+    async def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    def _compare(self, expected: str) -> None:
+        assert shows(self._output, expected), f"{self._arguments[-1]} printed\n{self._output}\nnot\n{expected}"

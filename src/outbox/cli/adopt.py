@@ -22,7 +22,7 @@ def adopt(
 ) -> None:
     """Let the relay publish from a database that was restored, promoted or copied.
 
-    First make sure that [bold]no relay publishes from another copy[/bold]: two databases with one log would
+    First make sure that **no relay publishes from another copy**: two databases with one log would
     contradict each other in the same topics. Adoption opens a new log. Events that were not logged yet are published
     by it, those that Kafka turns out to have are left out. Writers wait while it runs.
     """

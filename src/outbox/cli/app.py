@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # its tracebacks show the values of variables, and some of them are secrets
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -41,10 +41,10 @@ def options(
 
 
 app.add_typer(migrate.app, name="migrate")
-app.command(epilog="Example:  SAGABOX_LEASE_SECONDS=10 outbox relay --log-level warning")(relay.relay)
-app.command(epilog="Examples:  outbox status --watch          outbox status --max-lag 30 --json")(status.status)
+app.command(epilog="Example: `SAGABOX_LEASE_SECONDS=10 outbox relay --log-level warning`")(relay.relay)
+app.command(epilog="Examples: `outbox status --watch`, `outbox status --max-lag 30 --json`")(status.status)
 app.add_typer(parked.app, name="parked")
-app.command(epilog="Example:  outbox adopt --database-url postgresql://owner@db/shop")(adopt.adopt)
+app.command(epilog="Example: `outbox adopt --database-url postgresql://owner@db/shop`")(adopt.adopt)
 
 
 def main() -> None:

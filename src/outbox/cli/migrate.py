@@ -20,7 +20,7 @@ _STATE_STYLES = {"applied": "green", "pending": "yellow", "changed": "bold red",
 PACKAGE = "outbox"
 
 
-@app.command(epilog="Example:  outbox migrate up --database-url postgresql://owner@db/shop")
+@app.command(epilog="Example: `outbox migrate up --database-url postgresql://owner@db/shop`")
 def up(
     context: typer.Context,
     *,
@@ -43,7 +43,7 @@ async def _up(settings: Settings, to: int | None) -> None:
         out.print("nothing to do")
 
 
-@app.command(epilog="Examples:  outbox migrate down          outbox migrate down --to 0 --yes")
+@app.command(epilog="Examples: `outbox migrate down`, `outbox migrate down --to 0 --yes`")
 def down(
     context: typer.Context,
     *,
@@ -53,7 +53,7 @@ def down(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     database_url: DatabaseUrl = None,
 ) -> None:
-    """Take back the newest migration, and [bold]the data in its tables[/bold]; stop relays and consumers first."""
+    """Take back the newest migration, and **the data in its tables**; stop relays and consumers first."""
     run(_down(settings_of(context, database_url=database_url), to, yes=yes))
 
 
@@ -86,7 +86,7 @@ async def _confirm(pool: Pool, planned: tuple[migrate.Migration, ...]) -> None:
         raise typer.Exit(Exit.USAGE)
 
 
-@app.command(epilog="Exits 1 while something is pending or changed.  Example:  outbox migrate status --json")
+@app.command(epilog="Exits 1 while something is pending or changed. Example: `outbox migrate status --json`")
 def status(context: typer.Context, *, as_json: AsJson = False, database_url: DatabaseUrl = None) -> None:
     """List the migrations and whether this database has them."""
     run(_status(settings_of(context, database_url=database_url), as_json=as_json))
@@ -118,7 +118,7 @@ def status_table(rows: list[migrate.MigrationStatus]) -> Table:
     return table
 
 
-@app.command(epilog="Example:  outbox migrate sql | psql --single-transaction -v ON_ERROR_STOP=1 shop")
+@app.command(epilog="Example: `outbox migrate sql | psql --single-transaction -v ON_ERROR_STOP=1 shop`")
 def sql(
     *,
     first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start with migration N.")] = 1,

@@ -28,7 +28,7 @@ Topic = Annotated[str | None, typer.Option("--topic", metavar="TOPIC", help="Onl
 Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, max=10_000, help="At most so many.")]
 
 
-@app.command("list", epilog="Example:  outbox parked list --parker relay --limit 10")
+@app.command("list", epilog="Example: `outbox parked list --parker relay --limit 10`")
 def list_keys(
     context: typer.Context,
     *,
@@ -66,7 +66,7 @@ async def _list(settings: Settings, parker: str | None, topic: str | None, limit
         out.print(f"there are more: raise --limit {limit}, or narrow with --parker and --topic", style="dim")
 
 
-@app.command(epilog="Examples:  outbox parked show order-42          outbox parked show order-42 --json")
+@app.command(epilog="Examples: `outbox parked show order-42`, `outbox parked show order-42 --json`")
 def show(
     context: typer.Context,
     key: Annotated[str, typer.Argument(metavar="KEY", help="The key, as 'list' prints it.", show_default=False)],

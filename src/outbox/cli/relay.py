@@ -27,7 +27,9 @@ def relay(
     *,
     database_url: DatabaseUrl = None,
     kafka: Kafka = None,
-    log_level: Annotated[Level, typer.Option("--log-level", help="What to log.")] = "info",
+    log_level: Annotated[
+        Level, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+    ] = "info",
 ) -> None:
     """Publish committed events to Kafka until SIGTERM or SIGINT, which finish what is in flight.
 

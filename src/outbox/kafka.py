@@ -228,8 +228,12 @@ class Tail:
 
     async def __aenter__(self) -> Self:
         """Connect."""
-        async with asyncio.timeout(_START_TIMEOUT_SECONDS):
-            await self._consumer.start()
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_SECONDS):
+                await self._consumer.start()
+        except BaseException:
+            await self._consumer.stop()
+            raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:

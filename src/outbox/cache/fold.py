@@ -39,7 +39,7 @@ ROW_MISSING: Final = Fault(
 Effect: TypeAlias = BaseModel | Patch | Delete | Fault
 
 _LATER: Final = (Patch, Fault)
-"""Effects that say nothing without what came before. Never ask for BaseModel here: its own check costs six times more."""
+"""What says nothing without what came before. Asking for BaseModel instead costs six times more, for every event."""
 
 
 @dataclass(slots=True)

@@ -40,6 +40,9 @@ WAIT_POLL_MAX_SECONDS: Final = 0.050
 SESSION_TIMEOUT_SECONDS: Final = 10.0
 REBALANCE_TIMEOUT_SECONDS: Final = 30.0
 """How long the brokers wait for the members of a group when partitions move."""
+FETCH_WAIT_SECONDS: Final = 0.1
+LAST_RECORD_TIMEOUT_SECONDS: Final = 10.0
+"""For reading the last applied record again; where it is gone, Kafka never answers."""
 COMMIT_EVERY_SECONDS: Final = 5.0
 """Between two advisory commits of offsets to Kafka."""
 BATCH_IDLE_SECONDS: Final = 15

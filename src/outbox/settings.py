@@ -45,5 +45,8 @@ class Settings(BaseSettings):
 
     session_timeout_seconds: Annotated[float, Field(ge=1.0, le=300.0)] = limits.SESSION_TIMEOUT_SECONDS
     """How long the brokers wait for a silent consumer before others get its partitions."""
+    fetch_wait_seconds: Annotated[float, Field(ge=0.001, le=5.0)] = limits.FETCH_WAIT_SECONDS
+    """How long the brokers hold a fetch while there is nothing new. Kafka answers it at the first record; a broker that
+    does not, as the embedded one, makes a consumer late by up to this much."""
 
     drain_timeout_seconds: PositiveFloat = limits.DRAIN_TIMEOUT_SECONDS

@@ -114,9 +114,7 @@ class Consumer(Loop):
             return  # stopped before the database answered
         pauses = retry.backoff()
         while not self._stopping.is_set():
-            membership = Membership(
-                self._engine, self._servers, self.group, self._topics, self._settings.session_timeout_seconds
-            )
+            membership = Membership(self._engine, self._servers, self.group, self._topics, self._settings)
             try:
                 await membership.start()
             except (kafka.KafkaError, *postgres.CONNECTION_ERRORS) as error:

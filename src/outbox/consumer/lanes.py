@@ -246,17 +246,22 @@ class Lanes:
         end = (await self._source.end_offsets([at]))[at]
         await crash_sites.visit(_SITES["ends"], "after")
         partition = lane.partition = await self._engine.claim(at.topic, at.partition, begin)
-        if partition.next_offset > end:
-            return State.RECREATED
         if partition.next_offset < begin:
             return State.NEEDS_REBUILD
+        last: Record | None = None
         if partition.last_event_id is not None and partition.next_offset > begin:
             await crash_sites.visit(_SITES["last"], "before")
-            last = await self._read_one(at, partition.next_offset - 1)
+            try:
+                async with asyncio.timeout(limits.LAST_RECORD_TIMEOUT_SECONDS):
+                    last = await self._read_one(at, partition.next_offset - 1)
+            except TimeoutError:
+                if partition.next_offset <= end:
+                    raise
             await crash_sites.visit(_SITES["last"], "after")
             if last is not None and event_id(last) != partition.last_event_id:
                 return State.RECREATED
-        return State.RUNNING
+        # The record outweighs the end: the embedded broker understates it while the last batch has several records.
+        return State.RECREATED if partition.next_offset > end and last is None else State.RUNNING
 
     def _halt(self, lane: Lane, state: State) -> None:
         lane.state = state

@@ -24,6 +24,7 @@ from outbox.consumer.apply import Engine
 from outbox.consumer.lanes import Lanes
 from outbox.consumer.record import Record
 from outbox.kafka import TopicPartition
+from outbox.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,12 @@ class _Listener(kafka.RebalanceListener):  # type: ignore[misc] # aiokafka ships
 class Membership:
     """This process as a member of a consumer group, from `start` to `stop`."""
 
-    def __init__(self, engine: Engine, servers: str, group: str, topics: Sequence[str], session_seconds: float) -> None:
+    def __init__(self, engine: Engine, servers: str, group: str, topics: Sequence[str], settings: Settings) -> None:
         """Reading `topics` for the consumer group `group`.
 
         While partitions are taken away no heartbeat may be sent, so open batches get half of the session.
         """
+        session_seconds = settings.session_timeout_seconds
         self._servers = servers
         self._reading = asyncio.Semaphore(_LAST_READS)
         self._broker = KafkaBroker(
@@ -82,6 +84,7 @@ class Membership:
             listener=_Listener(self),
             auto_offset_reset="earliest",
             isolation_level="read_committed",
+            fetch_max_wait_ms=int(settings.fetch_wait_seconds * 1000),
             session_timeout_ms=int(session_seconds * 1000),
             heartbeat_interval_ms=int(min(session_seconds / 3, _HEARTBEAT_MAX_SECONDS) * 1000),
             rebalance_timeout_ms=int(limits.REBALANCE_TIMEOUT_SECONDS * 1000),

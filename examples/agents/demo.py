@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PROCESSES: Final = 2
 WRITERS: Final = 8
-QUIET_PROBES: Final = 200
+QUIET_PROBES_MAX: Final = 200
 START_TIMEOUT_SECONDS: Final = 30.0
 WRITE_TIMEOUT_SECONDS: Final = 300.0
 ARRIVE_TIMEOUT_SECONDS: Final = 30.0
@@ -82,7 +82,7 @@ class Demo:
             say(f"{PROCESSES} processes with {WRITERS} writers each commit {self._options.events:,} events ...")
             with display(self._console, self._options.events) as screen:
                 load = await self.write(Watch(self._set_up, reader, screen))
-            say(f"the writers are done; {QUIET_PROBES} more probes on the quiet system ...")
+            say("the writers are done; the probes go on alone for a while ...")
             await self.rest(Watch(self._set_up, reader, None))
         say("comparing what was committed with what arrived ...\n")
         return await self.judge(load)
@@ -147,11 +147,12 @@ class Demo:
     async def rest(self, watch: "Watch") -> None:
         """Let the probes have everything to themselves, then stop them and wait for the last one."""
         after = await watch.look()
+        probes: int = min(QUIET_PROBES_MAX, self._options.events // 10)
 
         async def enough_probes() -> bool:
-            return (await watch.look()).committed >= after.committed + QUIET_PROBES
+            return (await watch.look()).committed >= after.committed + probes
 
-        await self._set_up.wait_until(f"{QUIET_PROBES} more probes", enough_probes, ARRIVE_TIMEOUT_SECONDS)
+        await self._set_up.wait_until(f"{probes} more probes", enough_probes, ARRIVE_TIMEOUT_SECONDS)
         observer, relay, workflows = self._services
         await self._set_up.stop(observer)
 

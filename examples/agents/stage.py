@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -27,6 +27,10 @@ LOOK_SECONDS: Final = 0.05
 OUTBOX: Final = Path(sys.executable).with_name("outbox")
 """The command that `pip install sagabox` puts beside Python."""
 
+QUICK: Final = {"SAGABOX_SESSION_TIMEOUT_SECONDS": "3", "SAGABOX_FETCH_WAIT_SECONDS": "0.005"}
+"""For the embedded broker: it makes the first member of a group wait for half a session, in case more come, and a fetch
+for all of its time, whatever arrives meanwhile."""
+
 
 class DemoError(Exception):
     """The demo cannot go on; says why."""
@@ -39,10 +43,13 @@ class OverdueError(DemoError):
 class Stage:
     """The servers' addresses, a pool on each database, and the processes started so far."""
 
-    def __init__(self, kafka: str, urls: tuple[str, str], pools: tuple[Pool, Pool]) -> None:
+    def __init__(
+        self, kafka: str, urls: tuple[str, str], pools: tuple[Pool, Pool], settings: Mapping[str, str]
+    ) -> None:
         self.kafka = kafka
         self.owner, self.cache = pools
         self.owner_url, self.cache_url = urls
+        self._settings = settings
         self._services: list[ServerProcess] = []
 
     def start(self, name: str, *command: str | Path, database_url: str) -> ServerProcess:
@@ -54,6 +61,7 @@ class Stage:
             "CACHE_DATABASE_URL": self.cache_url,
             "KAFKA_BOOTSTRAP_SERVERS": self.kafka,
             "PYTHONPATH": str(REPOSITORY),
+            **self._settings,
         }
         service.spawn(command, environment={**os.environ, **environment})
         return service
@@ -113,7 +121,7 @@ async def stage() -> AsyncIterator[Stage]:
             for pool, schema in ((owner, "agent_service.sql"), (cache, "workflow_service.sql")):
                 await migrate.up(pool)
                 await pool.execute((HERE / schema).read_text())
-            set_up = Stage(servers.kafka, urls, (owner, cache))
+            set_up = Stage(servers.kafka, urls, (owner, cache), QUICK if servers.embedded_broker else {})
             try:
                 yield set_up
             finally:

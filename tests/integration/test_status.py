@@ -215,8 +215,8 @@ async def test_rows_touched_are_the_backlog_not_the_log(db: Connection, writer: 
 
 async def test_the_cursor_is_found_without_reading_the_windows(db: Connection) -> None:
     await db.execute(
-        """insert into outbox.windows (shard, window_no, log_id, s1, s2, epoch)
-           select 0, n, l.log_id, pg_current_snapshot(), pg_current_snapshot(), 0
+        """insert into outbox.windows (shard, window_no, log_id, s1, s2, epoch, horizon)
+           select 0, n, l.log_id, pg_current_snapshot(), pg_current_snapshot(), 0, 0
              from outbox.logs l, generate_series(1, 10000) n"""
     )
     await db.execute("update outbox.shards set done_through = 9990")

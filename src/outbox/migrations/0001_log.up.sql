@@ -107,6 +107,7 @@ create table outbox.shards (
     done_through bigint not null default 0,
     next_offsets jsonb not null default '{}',
     start_snapshot pg_snapshot not null,
+    start_position bigint not null default 0,
     constraint shards_shard_check check (shard between 0 and 63),
     constraint shards_done_through_check check (done_through >= 0)
 ) with (fillfactor = 50);
@@ -114,6 +115,7 @@ comment on table outbox.shards is 'One relay at a time owns a shard; everything 
 comment on column outbox.shards.done_through is 'The largest n with all windows up to n acknowledged by Kafka; never decreases';
 comment on column outbox.shards.next_offsets is 'Topic to partition to the Kafka offset after the newest acknowledged record';
 comment on column outbox.shards.start_snapshot is 's1 of the first window of the current log';
+comment on column outbox.shards.start_position is 'Where the position sequence stood when the current log began';
 
 create table outbox.windows (
     shard smallint not null references outbox.shards (shard),
@@ -125,6 +127,7 @@ create table outbox.windows (
     after_position bigint not null default 0,
     through_position bigint,
     epoch bigint not null,
+    horizon bigint not null,
     logged_at timestamptz not null default clock_timestamp(),
     primary key (shard, window_no),
     constraint windows_window_no_check check (window_no > 0),
@@ -133,6 +136,7 @@ create table outbox.windows (
 );
 comment on table outbox.windows is 'What was about to be published: write-ahead record, fence and cursor of the relay';
 comment on column outbox.windows.s1 is 'The window holds what is visible in s2 and was not in s1';
+comment on column outbox.windows.horizon is 'Where the position sequence stood: what lies beyond was written later, whatever its transaction id says after a restore';
 comment on column outbox.windows.through_position is 'Null: all of (s1, s2] after after_position; else the last position of this page of a backlog';
 
 -- ---------------------------------------------------------------------------------------------------------------
@@ -309,8 +313,9 @@ begin
     -- Published implies durable: this commit must not be lost by a crash after the records are in Kafka.
     perform set_config('synchronous_commit', 'on', true);
     s := outbox.lock_shard(p_shard, p_epoch);
-    insert into outbox.windows (shard, window_no, log_id, s1, s2, after_position, through_position, epoch)
-    select p_shard, p_window_no, l.log_id, p_s1, p_s2, p_after, p_through, p_epoch from outbox.logs l where l.is_current;
+    insert into outbox.windows (shard, window_no, log_id, s1, s2, after_position, through_position, epoch, horizon)
+    select p_shard, p_window_no, l.log_id, p_s1, p_s2, p_after, p_through, p_epoch, q.last_value
+      from outbox.logs l cross join outbox.events_position_seq q where l.is_current;
     if exists (select from outbox.parked_keys k where k.parker = 'relay' and k.shard = p_shard) then
         with moved as (
             insert into outbox.parked_events (parker, topic, key, log_id, shard, window_no, ordinal, position, transaction_id,

@@ -8,8 +8,9 @@ directory keeps all three identifiers, and only the records tell.
 
 Adoption is the operator's word that this database goes on. In one transaction it blocks emits, gives rows that were
 not logged yet the id of that transaction, leaves out those that Kafka turns out to have, and opens a new log whose
-ordinal outranks the former. Windows logged before are replayed under their own log id, if they were not done. A crash
-before the commit changes nothing; a second adoption opens one more log, which does no harm.
+ordinal outranks the former. Windows logged before are replayed under their own log id, if they were not done. After a dump and
+restore, where transaction ids start again, rows logged before get ids that no window of the new cluster can reach. A
+crash before the commit changes nothing; a second adoption opens one more log, which does no harm.
 """
 
 import json
@@ -149,6 +150,8 @@ async def adopt(pool: Pool, servers: str) -> Adoption:
             ids = [UUID(ahead.event_id) for ahead in evidence if ahead.event_id is not None]
             left_out = await SQL.leave_out.fetch(connection, ids)
             restamped = await SQL.restamp.execute(connection)
+            await SQL.settle_unfinished.execute(connection)
+            await SQL.settle_finished.execute(connection)
             highest = max((ahead.position.position for ahead in evidence), default=0)
             opened = await SQL.open_log.fetchrow(connection, highest)
             await SQL.restart_shards.execute(connection)

@@ -26,20 +26,52 @@ update outbox.events e set transaction_id = '3'
 returning e.event_id
 
 -- name: restamp
--- Rows not yet logged get this transaction's id: after dump and restore their own may lie below s1. Reads every retained
--- row once; this is an operator's act.
+-- Rows not yet logged get this transaction's id: after dump and restore their own may lie below s1. Not logged is what the
+-- last window of the current log (or its start) does not show, and, whatever its id, what got its position later: the
+-- services may have written to a restored database before it was adopted. Reads every retained row once.
 with cursors as (
-    select s.shard, coalesce(c.s1, s.start_snapshot) as s1, coalesce(c.s2, s.start_snapshot) as s2, c.through_position
+    select s.shard, coalesce(c.s1, s.start_snapshot) as s1, coalesce(c.s2, s.start_snapshot) as s2, c.through_position,
+           coalesce(c.horizon, s.start_position) as horizon
       from outbox.shards s
-      left join lateral (select w.s1, w.s2, w.through_position from outbox.windows w
-                          where w.shard = s.shard and w.kind = 'log' order by w.window_no desc limit 1) c on true
+      cross join outbox.logs l
+      left join lateral (select w.s1, w.s2, w.through_position, w.horizon from outbox.windows w
+                          where w.shard = s.shard and w.kind = 'log' and w.log_id = l.log_id
+                          order by w.window_no desc limit 1) c on true
+     where l.is_current
 )
 update outbox.events e set transaction_id = pg_current_xact_id()
   from cursors c
  where e.shard = c.shard and e.transaction_id <> '3'
    and (not pg_visible_in_snapshot(e.transaction_id, c.s2)
+        or e.position > c.horizon
         or (c.through_position is not null and e.position > c.through_position
             and not pg_visible_in_snapshot(e.transaction_id, c.s1)))
+
+-- name: settle_unfinished
+-- Windows that are still to be replayed, where this cluster has not reached their transaction ids: the n-th gets the id
+-- 3 + n, which no transaction of a user can have, for its rows and between its snapshots. Else what is written later
+-- would fall into them. Rows: windows in flight.
+with unfinished as (
+    select w.shard, w.window_no, w.s1, w.s2, w.after_position, w.through_position,
+           3 + row_number() over (partition by w.shard order by w.window_no) as id
+      from outbox.windows w join outbox.shards s on s.shard = w.shard
+     where w.window_no > s.done_through and pg_snapshot_xmax(w.s2) > pg_snapshot_xmax(pg_current_snapshot())
+), rewritten as (
+    update outbox.windows w
+       set s1 = format('%s:%s:', u.id, u.id)::pg_snapshot, s2 = format('%s:%s:', u.id + 1, u.id + 1)::pg_snapshot
+      from unfinished u where w.shard = u.shard and w.window_no = u.window_no
+)
+update outbox.events e set transaction_id = r.id::text::xid8
+  from (select u.shard, u.id, x.position
+          from unfinished u
+         cross join lateral outbox.window_rows(u.shard, u.s1, u.s2, u.after_position, u.through_position) x
+         where x.transaction_id <> pg_current_xact_id()) r
+ where e.shard = r.shard and e.position = r.position
+
+-- name: settle_finished
+-- Rows that are published, with transaction ids that this cluster has not reached: the next windows would read them again.
+update outbox.events e set transaction_id = '3'
+ where e.transaction_id >= pg_snapshot_xmax(pg_current_snapshot()) and e.transaction_id <> pg_current_xact_id()
 
 -- name: open_log
 -- The new log, and s1 = this transaction's snapshot with itself counted as in progress. Rows: 1.
@@ -57,6 +89,7 @@ select outbox.open_log(r.shard_count, greatest(r.ordinal + 1, (extract(epoch fro
 -- this transaction's id: ids between the two belong to writers that are still open, and may emit once they are let in.
 update outbox.shards s
    set lease_owner = null, lease_until = null, lease_epoch = s.lease_epoch + 1,
+       start_position = (select q.last_value from outbox.events_position_seq q),
        start_snapshot = (
            select format('%s:%s:%s', least(pg_snapshot_xmin(n.snapshot), pg_current_xact_id()),
                          pg_snapshot_xmax(n.snapshot),

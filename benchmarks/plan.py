@@ -43,7 +43,7 @@ class Plan:
             rate=200,
             warm_up_seconds=0.5,
             load_seconds=1.5,
-            after_kill_seconds=8.0,
+            after_kill_seconds=6.5,
             idle_seconds=1.0,
             first_events=3,
             emits=200,

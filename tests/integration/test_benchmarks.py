@@ -1,0 +1,89 @@
+"""The benchmark runs, at a size that proves nothing about speed, and writes every metric that it promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PROMISED = {
+    "relay_events_per_second": "events/s",
+    "relay_cpu_us_per_event": "us",
+    "window_query_rows_per_second": "rows/s",
+    "send_batch_events_per_second": "events/s",
+    "faststream_outbox_events_per_second": "events/s",
+    "commit_to_kafka_p50_ms": "ms",
+    "commit_to_kafka_p99_ms": "ms",
+    "relay_rss_growth_mib": "MiB",
+    "backlog_rate_ratio_1m_to_100k": "ratio",
+    "wal_bytes_per_event": "bytes",
+    "duplicates": "records",
+    "dead_tuples_per_event": "row versions",
+    "relay_recovery_seconds": "s",
+    "duplicates_after_kill": "records",
+    "relay_idle_cpu_percent": "%",
+    "idle_first_event_ms": "ms",
+}
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.relay", *arguments],
+        check=False, capture_output=True, text=True, cwd=ROOT, timeout=220,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
+    done = benchmark("--quick", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())
+    assert all(row.keys() == {"metric", "value", "unit", "n"} for row in rows)
+    return {row["metric"]: row for row in rows}
+
+
+def number(figures: dict[str, dict[str, object]], metric: str) -> float:
+    value = figures[metric]["value"]
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+@pytest.mark.timeout(240)
+def test_every_promised_metric_is_there_with_its_unit(figures: dict[str, dict[str, object]]) -> None:
+    assert {metric: figures[metric]["unit"] for metric in PROMISED} == PROMISED
+    assert all(isinstance(row["n"], int) and row["n"] > 0 for row in figures.values())
+
+
+@pytest.mark.timeout(240)
+def test_nothing_is_lost_repeated_or_out_of_order(figures: dict[str, dict[str, object]]) -> None:
+    for metric in ("lost", "duplicates", "out_of_order", "duplicates_singly", "steady_lost", "steady_duplicates"):
+        assert number(figures, metric) == 0, metric
+    assert number(figures, "lost_after_kill") == 0
+    assert number(figures, "duplicates_after_kill") <= number(figures, "duplicates_bound")
+    assert number(figures, "dead_tuples_per_event") == 0
+
+
+@pytest.mark.timeout(240)
+def test_values_make_sense(figures: dict[str, dict[str, object]]) -> None:
+    assert number(figures, "relay_cpu_us_per_event") > 1
+    assert 0 < number(figures, "commit_to_kafka_p50_ms") <= number(figures, "commit_to_kafka_p99_ms")
+    assert number(figures, "commit_to_kafka_p50_ms") <= number(figures, "emit_to_kafka_p50_ms")
+    assert number(figures, "wal_bytes_per_event") > 200  # the payload alone
+    assert number(figures, "relay_recovery_seconds") < 20
+    assert number(figures, "window_query_rows_per_second") > number(figures, "relay_events_per_second")
+
+
+def test_help_has_examples() -> None:
+    done = benchmark("--help")
+    assert done.returncode == 0
+    assert "--json figures.json" in done.stdout
+
+
+def test_an_unknown_part_is_refused() -> None:
+    done = benchmark("--only", "everything")
+    assert done.returncode == 2
+    assert "everything" in done.stderr

@@ -54,7 +54,9 @@ async def no_hook() -> AsyncIterator[None]:
 async def test_a_row_carries_the_event_it_is_from(pool: Pool, engine: Engine) -> None:
     agent = uuid4()
     before = await pool.fetchval("select clock_timestamp()")
-    await consume(engine, numbered([AgentRenamed(agent_id=agent, agent_name="a"), AgentTagged(agent_id=agent, tags=["x"])]))
+    await consume(
+        engine, numbered([AgentRenamed(agent_id=agent, agent_name="a"), AgentTagged(agent_id=agent, tags=["x"])])
+    )
     row = await pool.fetchrow(f"select * from {TABLE}")
     assert row is not None
     assert (row["outbox_log"], row["outbox_position"], row["outbox_transaction_id"]) == (LOG, 1002, 1002)

@@ -116,9 +116,7 @@ class Kafka:
             headers.append(("ob-pos", f"{log_id or self.log_id}/0/{window}/{ordinal}/{position}/{position}".encode()))
         return self.put_raw(str(getattr(event, kind.key_field)).encode(), event.model_dump_json().encode(), headers)
 
-    def put_raw(
-        self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = ()
-    ) -> Rec:
+    def put_raw(self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]] = ()) -> Rec:
         """Append anything."""
         self.records.append(Rec(self.first + len(self.records), key, value, headers))
         return self.records[-1]
@@ -166,7 +164,9 @@ async def rows(pool: Pool, table: str = TABLE) -> dict[UUID, tuple[str, list[str
 
 async def parked(pool: Pool, parker: str = TABLE) -> dict[str, list[str]]:
     """Keys that wait, with the types of their events in order."""
-    keys: dict[str, list[str]] = {row["key"]: [] for row in await pool.fetch("select key from outbox.parked_keys where parker = $1", parker)}
+    keys: dict[str, list[str]] = {
+        row["key"]: [] for row in await pool.fetch("select key from outbox.parked_keys where parker = $1", parker)
+    }
     events = await pool.fetch(
         "select key, event_type, payload from outbox.parked_events where parker = $1 and state = 'parked' order by id",
         parker,

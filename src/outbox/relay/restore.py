@@ -69,8 +69,10 @@ async def guard(connection: Connection, servers: str, partition_counts: dict[str
         RestoreDetected: see the module's essay; nothing was changed.
         KafkaError, OSError, TimeoutError: Kafka could not be asked.
     """
-    await check_identity(connection)
+    current = await check_identity(connection)
     evidence, ends = await look_ahead(connection, servers, partition_counts, known)
+    # What lies ahead of a retired log was there when its successor was adopted, and was left out then.
+    evidence = [ahead for ahead in evidence if ahead.position.log_id == current]
     if evidence:
         first = evidence[0]
         raise RestoreDetected(
@@ -80,8 +82,8 @@ async def guard(connection: Connection, servers: str, partition_counts: dict[str
     return ends
 
 
-async def check_identity(connection: Connection) -> None:
-    """Compare the log's identity with the database's.
+async def check_identity(connection: Connection) -> str:
+    """Compare the log's identity with the database's; the current log's id comes back.
 
     Raises:
         RestoreDetected: they differ, or this is a standby.
@@ -98,6 +100,7 @@ async def check_identity(connection: Connection) -> None:
     differing = [text for column, text in reasons.items() if not row[column]]
     if differing:
         raise RestoreDetected(f"log {row['log_id']} was opened in {' and '.join(differing)}; {_REMEDY}")
+    return str(row["log_id"])
 
 
 async def look_ahead(

@@ -3,9 +3,8 @@
     python -m benchmarks._faststream_app SQLALCHEMY_URL KAFKA TOPIC IDEMPOTENT(0|1)
 
 Like our relay it acknowledges a row only after all in-sync replicas have the record, compresses with lz4 and carries
-key and headers over. Its own settings for a high rate: `terminal_flush_batch_size` of 100 (the value in its
-performance guide), larger claims, several workers; the numbers are the best of a sweep on two cores
-(docs/benchmarks.md).
+key and headers over. Its own settings for a high rate (batched terminal deletes, large claims, many workers) are the
+best of a sweep on two cores; BENCH_FASTSTREAM_WORKERS, _FETCH and _FLUSH repeat it.
 """
 
 import asyncio

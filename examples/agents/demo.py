@@ -14,19 +14,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from rich.console import Console
 
 from examples.agents import agent_service
-from examples.agents.progress import Display, Standing, display
+from examples.agents.progress import Standing, Watch, display
 from examples.agents.stage import OUTBOX, TOPIC, DemoError, OverdueError, Stage, stage
 from examples.agents.traffic import POPULAR
 from examples.agents.verdict import Load, Report, Run, print_report, reach
-from tests.support.history import TopicReader, topic_reader
-
-if TYPE_CHECKING:
-    from outbox.embedded.process import ServerProcess
+from outbox.embedded.process import ServerProcess
+from tests.support.history import topic_reader
 
 PROCESSES: Final = 2
 WRITERS: Final = 8
@@ -39,6 +37,7 @@ EXAMPLES: Final = """
 examples:
   python -m examples.agents.demo                     15,000 events, then the verdict
   python -m examples.agents.demo --events 100000     longer
+  python -m examples.agents.demo --kill              kill -9 the relay and the consumer halfway, start others
   python -m examples.agents.demo --json | jq .valid  for programs; progress goes to stderr
   python -m examples.agents.demo --sabotage cache    see the verdict fail: a row of the cache is deleted first
 
@@ -57,7 +56,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=15_000, metavar="N", help="events to commit (default 15,000)")
     parser.add_argument("--seed", type=int, default=1, help="of the writers' choices; what interleaves is up to chance")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
-    parser.add_argument("--sabotage", choices=["cache", "record"], help="spoil one row, or hide one record")
+    parser.add_argument("--kill", action="store_true", help="kill -9 relay and workflow service halfway, start others")
+    parser.add_argument(
+        "--sabotage", action="append", default=[], choices=["cache", "record"], help="spoil a row, or hide a record"
+    )
     options = parser.parse_args()
     if options.events < 1:
         parser.error("--events must be at least 1")
@@ -72,49 +74,60 @@ class Demo:
         self._options = options
         self._console = console
         self._reports = reports
-        self._services: list[ServerProcess] = []
+        self._kills = 0
 
     async def run(self) -> Report:
         say = self._console.print
         say("starting relay, workflow service and observer, each in a process of its own ...")
-        await self.start_services()
+        relay, workflows = self._start_relay(), self._start_workflow_service()
+        observer = await self._start_observer()
         async with topic_reader(self._set_up.kafka, TOPIC) as reader:
             say(f"{PROCESSES} processes with {WRITERS} writers each commit {self._options.events:,} events ...")
             with display(self._console, self._options.events) as screen:
-                load = await self.write(Watch(self._set_up, reader, screen))
+                watch = Watch(self._set_up, reader, screen)
+                writers = await self._start_writers()
+                before = await watch.look()
+                if self._options.kill:
+                    await self._until_half(watch, before)
+                    self._set_up.kill(relay)
+                    self._set_up.kill(workflows)
+                    relay, workflows = self._start_relay(), self._start_workflow_service()
+                    self._kills = 1
+                load = await self._until_all_is_cached(watch, writers, before)
             say("the writers are done; the probes go on alone for a while ...")
-            await self.rest(Watch(self._set_up, reader, None))
+            await self._until_enough_probes(Watch(self._set_up, reader))
+            await self._set_up.stop(observer)
+            await self._until_nothing_is_on_the_way(Watch(self._set_up, reader))
+        await self._set_up.stop(relay)
+        await self._set_up.stop(workflows)
         say("comparing what was committed with what arrived ...\n")
-        return await self.judge(load)
+        return await self._judge(load)
 
-    async def start_services(self) -> None:
-        """Relay, workflow service and observer; returns when events go all the way."""
-        set_up = self._set_up
-        relay = set_up.start("relay", OUTBOX, "relay", database_url=set_up.owner_url)
-        workflows = set_up.start_python(
-            "workflow-service", "examples.agents.workflow_service", database_url=set_up.cache_url
+    # ------------------------------------------------------------------------------------------ processes
+
+    def _start_relay(self) -> ServerProcess:
+        return self._set_up.start("relay", OUTBOX, "relay", database_url=self._set_up.owner_url)
+
+    def _start_workflow_service(self) -> ServerProcess:
+        return self._set_up.start_python(
+            "workflow-service", "examples.agents.workflow_service", database_url=self._set_up.cache_url
         )
+
+    async def _start_observer(self) -> ServerProcess:
+        """Returns when events go all the way, its own included."""
+        set_up = self._set_up
         for number, agent_id in enumerate(POPULAR):
             await agent_service.create(set_up.owner, agent_id, f"popular {number}")
-        cached = "select count(*) from workflow_agent_cache"
-        await set_up.wait_until(
-            "the first agents are in the cache",
-            lambda: set_up.holds(set_up.cache, cached, at_least=len(POPULAR)),
-            START_TIMEOUT_SECONDS,
-        )
+        await self._until_cached(len(POPULAR))
         observer = set_up.start_python(
             "observer", "examples.agents.observer", "--report", self._reports / "observer",
             database_url=set_up.owner_url,
         )  # fmt: skip
-        await set_up.wait_until(
-            "the first probe is in the cache",
-            lambda: set_up.holds(set_up.cache, cached, at_least=len(POPULAR) + 1),
-            START_TIMEOUT_SECONDS,
-        )
-        self._services = [observer, relay, workflows]
+        await self._until_cached(len(POPULAR) + 1)
+        return observer
 
-    async def write(self, watch: "Watch") -> Load:
-        """Run the writers, and wait until the last of their events is in the cache."""
+    async def _start_writers(self) -> list[ServerProcess]:
+        """Returns when the first of them has written."""
         set_up = self._set_up
         writers = [
             set_up.start_python(
@@ -124,45 +137,58 @@ class Demo:
             )
             for number in range(PROCESSES)
         ]  # fmt: skip
+        written = "select count(*) from agents where name like 'agent w%'"
         await set_up.wait_until(
-            "the writers begin",
-            lambda: set_up.holds(set_up.owner, "select count(*) from agents where name like 'agent w%'", at_least=1),
+            "the writers begin", lambda: set_up.holds(set_up.owner, written, at_least=1), START_TIMEOUT_SECONDS
+        )
+        return writers
+
+    # ------------------------------------------------------------------------------------------ waiting for states
+
+    async def _until_cached(self, count: int) -> None:
+        cached = "select count(*) from workflow_agent_cache"
+        await self._set_up.wait_until(
+            f"{count} agents are in the cache",
+            lambda: self._set_up.holds(self._set_up.cache, cached, at_least=count),
             START_TIMEOUT_SECONDS,
         )
-        before = await watch.look()
 
+    async def _until_half(self, watch: Watch, before: Standing) -> None:
+        half: int = before.committed + self._options.events // 2
+
+        async def reached() -> bool:
+            return (await watch.look()).committed >= half
+
+        await self._set_up.wait_until("half of the events are committed", reached, WRITE_TIMEOUT_SECONDS)
+
+    async def _until_all_is_cached(self, watch: Watch, writers: list[ServerProcess], before: Standing) -> Load:
         async def writers_ended() -> bool:
             await watch.look()
             return not any(process.running for process in writers)
 
-        await set_up.wait_until("the writers are done", writers_ended, WRITE_TIMEOUT_SECONDS)
+        await self._set_up.wait_until("the writers are done", writers_ended, WRITE_TIMEOUT_SECONDS)
         after = await watch.look()
 
         async def arrived() -> bool:
             return (await watch.look()).applied >= after.committed
 
-        await self._wait_for_arrival("their last event is in the cache", arrived)
+        await self._wait_for_arrival("the writers' last event is in the cache", arrived)
         return Load(before.at, time.perf_counter(), after.committed - before.committed)
 
-    async def rest(self, watch: "Watch") -> None:
-        """Let the probes have everything to themselves, then stop them and wait for the last one."""
-        after = await watch.look()
-        probes: int = min(QUIET_PROBES_MAX, self._options.events // 10)
+    async def _until_enough_probes(self, watch: Watch) -> None:
+        probes: int = (await watch.look()).committed + min(QUIET_PROBES_MAX, self._options.events // 10)
 
-        async def enough_probes() -> bool:
-            return (await watch.look()).committed >= after.committed + probes
+        async def reached() -> bool:
+            return (await watch.look()).committed >= probes
 
-        await self._set_up.wait_until(f"{probes} more probes", enough_probes, ARRIVE_TIMEOUT_SECONDS)
-        observer, relay, workflows = self._services
-        await self._set_up.stop(observer)
+        await self._set_up.wait_until("there were enough probes", reached, ARRIVE_TIMEOUT_SECONDS)
 
-        async def all_arrived() -> bool:
+    async def _until_nothing_is_on_the_way(self, watch: Watch) -> None:
+        async def arrived() -> bool:
             now = await watch.look()
             return now.committed <= now.published <= now.applied
 
-        await self._wait_for_arrival("every event is in the cache", all_arrived)
-        await self._set_up.stop(relay)
-        await self._set_up.stop(workflows)
+        await self._wait_for_arrival("every event is in the cache", arrived)
 
     async def _wait_for_arrival(self, what: str, holds: Callable[[], Awaitable[bool]]) -> None:
         """Wait, but not for ever: what does not arrive is for the verdict to name."""
@@ -171,9 +197,9 @@ class Demo:
         except OverdueError as error:
             self._console.print(str(error), style="red", markup=False, soft_wrap=True)
 
-    async def judge(self, load: Load) -> Report:
+    async def _judge(self, load: Load) -> Report:
         """Compare what was committed with what arrived."""
-        if self._options.sabotage == "cache":
+        if "cache" in self._options.sabotage:
             await self._set_up.cache.execute("delete from workflow_agent_cache where agent_id = $1", POPULAR[0])
         done: Counter[str] = Counter()
         rolled_back: list[tuple[str, str, str]] = []
@@ -182,29 +208,8 @@ class Demo:
             done.update(report["done"])
             rolled_back += [tuple(entry) for entry in report["rolled_back"]]
         seen: dict[str, Any] = json.loads((self._reports / "observer").read_text())
-        run = Run(done=done, rolled_back=rolled_back, load=load, **seen)
-        return await reach(self._set_up, run, hide_record=self._options.sabotage == "record")
-
-
-class Watch:
-    """Shows how far everybody is."""
-
-    def __init__(self, set_up: Stage, reader: TopicReader, screen: Display | None) -> None:
-        self._set_up = set_up
-        self._reader = reader
-        self._screen = screen
-
-    async def look(self) -> Standing:
-        """The last in the chain is asked first, so that nobody appears to be ahead of his source."""
-        applied = await self._set_up.cache.fetchval(
-            "select coalesce(sum(next_offset), 0)::bigint from outbox.positions"
-        )
-        published = await self._reader.count()
-        committed = await self._set_up.owner.fetchval("select count(*) from agent_changes")
-        standing = Standing(time.perf_counter(), committed, published, applied)
-        if self._screen:
-            self._screen.show(standing)
-        return standing
+        run = Run(done=done, rolled_back=rolled_back, load=load, kills=self._kills, **seen)
+        return await reach(self._set_up, run, hide_record="record" in self._options.sabotage)
 
 
 async def main(options: argparse.Namespace) -> int:
@@ -226,4 +231,7 @@ async def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(arguments())))
+    try:
+        sys.exit(asyncio.run(main(arguments())))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; every process of the demo has been stopped")

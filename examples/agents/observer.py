@@ -83,7 +83,8 @@ class Observer:
             probing = tasks.create_task(self._probe_until(stop, tasks))
             sampling = tasks.create_task(self._sample_until(stop))
             while not (probing.done() and sampling.done()) or self._awaited:
-                await self.look()
+                if self._awaited:
+                    await self.look()
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def _probe_until(self, stop: asyncio.Event, tasks: asyncio.TaskGroup) -> None:

@@ -11,6 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from examples.agents.stage import Stage
+from tests.support.history import TopicReader
+
 RATE_OVER_SECONDS: Final = 2.0
 LINE_SECONDS: Final = 1.0
 
@@ -27,6 +30,27 @@ class Standing:
     @property
     def behind(self) -> int:
         return self.committed - self.applied
+
+
+class Watch:
+    """Shows how far everybody is."""
+
+    def __init__(self, set_up: Stage, reader: TopicReader, screen: "Display | None" = None) -> None:
+        self._set_up = set_up
+        self._reader = reader
+        self._screen = screen
+
+    async def look(self) -> Standing:
+        """The last in the chain is asked first, so that nobody appears to be ahead of his source."""
+        applied = await self._set_up.cache.fetchval(
+            "select coalesce(sum(next_offset), 0)::bigint from outbox.positions"
+        )
+        published = await self._reader.count()
+        committed = await self._set_up.owner.fetchval("select count(*) from agent_changes")
+        standing = Standing(time.perf_counter(), committed, published, applied)
+        if self._screen:
+            self._screen.show(standing)
+        return standing
 
 
 class Display(Protocol):

@@ -75,6 +75,12 @@ class Stage:
         await asyncio.to_thread(service.stop, signal.SIGTERM)
         self.check(service)
 
+    def kill(self, service: ServerProcess) -> None:
+        """SIGKILL, on purpose."""
+        service.kill()
+        self._services.remove(service)
+        service.dispose()
+
     def check(self, service: ServerProcess) -> None:
         """Complain about a service that failed."""
         if not service.running and service.exit_status != 0:
@@ -101,9 +107,9 @@ class Stage:
         return bool(await pool.fetchval(count) >= at_least)
 
     async def clear(self) -> None:
-        """End whatever still runs."""
+        """End at once whatever still runs, as after Ctrl-C."""
         for service in self._services:
-            await asyncio.to_thread(service.stop, signal.SIGTERM, timeout_seconds=5.0)
+            await asyncio.to_thread(service.kill)
             service.dispose()
 
 

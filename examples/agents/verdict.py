@@ -15,6 +15,7 @@ from rich.text import Text
 
 from examples.agents.observer import OVERDUE_SECONDS, PROBE_SECONDS
 from examples.agents.stage import TOPIC, Stage
+from outbox import limits
 from outbox.wire import Envelope
 from tests.support.checker import Anomaly, History, Sample, Verdict, judge
 from tests.support.history import read_changes, read_rows, topic_reader
@@ -36,7 +37,7 @@ MEANING: Final[Mapping[Anomaly, str]] = {
     Anomaly.PHANTOM: "published, but not committed",
     Anomaly.NONMONOTONIC: "out of order within a key",
     Anomaly.OVERTAKEN: "below a position that was passed already",
-    Anomaly.DUPLICATE: "published again",
+    Anomaly.DUPLICATE: "published again, beyond what failures allow",
     Anomaly.WRONG_PARTITION: "in another partition than their key's",
     Anomaly.POSITION_REUSED: "positions used twice",
     Anomaly.CACHE_DIVERGENCE: "cached rows that differ from the source",
@@ -54,6 +55,8 @@ class Run:
     overdue: int
     samples: list[tuple[str, str | None]]
     load: "Load"
+    kills: int
+    """Of the relay, with what was in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ class Report:
             "examples": {anomaly: finding.examples for anomaly, finding in verdict.findings.items() if finding.count},
             "did_not_happen": verdict.did_not_happen,
             "exercised": self.run.done,
+            "kills": self.run.kills,
             "seconds": round(self.run.load.seconds, 2),
             "events_per_second": round(self.run.load.events_per_second),
             "commit_to_cache_ms": {"under_load": self.under_load.as_json(), "quiet": self.quiet.as_json()},
@@ -156,6 +160,7 @@ async def reach(stage: Stage, run: Run, *, hide_record: bool = False) -> Report:
             source=await read_rows(stage.owner, SOURCE),
             cache=await read_rows(stage.cache, CACHE),
             samples=[Sample(key, None if name is None else {"agent_name": name}) for key, name in run.samples],
+            duplicates_max=run.kills * limits.WINDOWS_IN_FLIGHT * limits.WINDOW_MAX_EVENTS,
             happened={**run.done, "probes": len(run.latencies), "samples of the cache": len(run.samples)},
         )
     return Report(verdict=judge(history), run=run)
@@ -180,6 +185,7 @@ def _checks(report: Report) -> RenderableType:
     table.add_column()
     table.add_row(" ", f"{verdict.committed:,}", f"events of {verdict.keys:,} agents committed")
     table.add_row(" ", f"{verdict.rolled_back:,}", "events emitted and rolled back")
+    table.add_row(" ", f"{verdict.duplicates:,}", "duplicates")
     published = verdict.published == verdict.committed
     table.add_row(_mark(good=published), f"{verdict.published:,}", "of the committed events published")
     for anomaly, meaning in MEANING.items():
@@ -200,6 +206,8 @@ def _figures(report: Report) -> RenderableType:
     )
     table.add_row("COMMIT to cache", f"{report.under_load}, under this load")
     table.add_row("", f"{report.quiet}, at {1 / PROBE_SECONDS:.0f} events/s")
+    if report.run.kills:
+        table.add_row("killed", "relay and workflow service, halfway, with SIGKILL")
     table.add_row("exercised", ", ".join(f"{count:,} {what}" for what, count in report.run.done.items()))
     return table
 

@@ -30,12 +30,12 @@ PROCESSES: Final = 2
 WRITERS: Final = 8
 QUIET_PROBES_MAX: Final = 200
 START_TIMEOUT_SECONDS: Final = 30.0
-WRITE_TIMEOUT_SECONDS: Final = 300.0
+WRITE_TIMEOUT_SECONDS: Final = 3600.0
 ARRIVE_TIMEOUT_SECONDS: Final = 30.0
 
 EXAMPLES: Final = """
 examples:
-  python -m examples.agents.demo                     15,000 events, then the verdict
+  python -m examples.agents.demo                     15,000 events or half a minute, then the verdict
   python -m examples.agents.demo --events 100000     longer
   python -m examples.agents.demo --kill              kill -9 the relay and the consumer halfway, start others
   python -m examples.agents.demo --json | jq .valid  for programs; progress goes to stderr
@@ -53,7 +53,9 @@ def arguments() -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--events", type=int, default=15_000, metavar="N", help="events to commit (default 15,000)")
+    parser.add_argument(
+        "--events", type=int, metavar="N", help="commit N events, however long it takes (default: 15,000 or 30 s)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the writers' choices; what interleaves is up to chance")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--kill", action="store_true", help="kill -9 relay and workflow service halfway, start others")
@@ -61,6 +63,9 @@ def arguments() -> argparse.Namespace:
         "--sabotage", action="append", default=[], choices=["cache", "record"], help="spoil a row, or hide a record"
     )
     options = parser.parse_args()
+    options.seconds = WRITE_TIMEOUT_SECONDS
+    if options.events is None:
+        options.events, options.seconds = 15_000, 30.0
     if options.events < 1:
         parser.error("--events must be at least 1")
     return options
@@ -132,7 +137,8 @@ class Demo:
         writers = [
             set_up.start_python(
                 f"writers-{number}", "examples.agents.traffic", "--name", f"w{number}", "--writers", str(WRITERS),
-                "--events", str(-(-self._options.events // PROCESSES)), "--seed", str(self._options.seed + number),
+                "--events", str(-(-self._options.events // PROCESSES)), "--seconds", str(self._options.seconds),
+                "--seed", str(self._options.seed + number),
                 "--report", self._reports / f"writers-{number}", database_url=set_up.owner_url,
             )
             for number in range(PROCESSES)

@@ -123,7 +123,11 @@ async def stage() -> AsyncIterator[Stage]:
             await asyncio.to_thread(servers.create_database, names[0]),
             await asyncio.to_thread(servers.create_database, names[1]),
         )
-        async with _topic(servers.kafka), asyncpg.create_pool(urls[0]) as owner, asyncpg.create_pool(urls[1]) as cache:
+        async with (
+            _topic(servers.kafka),
+            asyncpg.create_pool(urls[0], min_size=1, max_size=4) as owner,
+            asyncpg.create_pool(urls[1], min_size=1, max_size=4) as cache,
+        ):
             for pool, schema in ((owner, "agent_service.sql"), (cache, "workflow_service.sql")):
                 await migrate.up(pool)
                 await pool.execute((HERE / schema).read_text())

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -52,9 +53,9 @@ class Traffic:
             self.roll_back_savepoint: 3,
         }
 
-    async def write(self, events: int) -> None:
-        """One writer; stops when all writers together have committed that many events."""
-        while self.events < events:
+    async def write(self, events: int, until: float) -> None:
+        """One writer; stops when all writers together have committed that many events, or at that time."""
+        while self.events < events and time.perf_counter() < until:
             await self.act(self._random.choices([*self._actions], [*self._actions.values()])[0])
 
     async def each_once(self) -> None:
@@ -189,15 +190,17 @@ async def main(options: argparse.Namespace) -> dict[str, object]:
         traffic = Traffic(pool, options.name, options.seed)
         await traffic.create()
         await traffic.each_once()
+        until = time.perf_counter() + options.seconds
         async with asyncio.TaskGroup() as writers:
             for _ in range(options.writers):
-                writers.create_task(traffic.write(options.events))
+                writers.create_task(traffic.write(options.events, until))
     return {"done": traffic.done, "rolled_back": traffic.rolled_back}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=5000, help="how many events to commit")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="how long at most")
     parser.add_argument("--writers", type=int, default=8, help="how many writers at once")
     parser.add_argument("--name", default="w", help="part of every agent's name, to tell processes apart")
     parser.add_argument("--seed", type=int, default=1)

@@ -66,10 +66,14 @@ class Relay(Loop):
             NotMigrated: the database lacks the log.
             RestoreDetected: a shard's guard refused; an operator has to decide.
         """
-        await migrate.check(self._around.pool)
+        numbers: list[int] = []
+        async for attempt in retry.attempts(stopping=self._stopping):
+            with attempt:
+                await migrate.check(self._around.pool)
+                numbers = await shards(self._around.pool)
         try:
             async with asyncio.TaskGroup() as group:
-                for number in await shards(self._around.pool):
+                for number in numbers:
                     group.create_task(self._keep_serving(number), name=f"relay of shard {number}")
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors

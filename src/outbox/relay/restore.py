@@ -8,9 +8,9 @@ directory keeps all three identifiers, and only the records tell.
 
 Adoption is the operator's word that this database goes on. In one transaction it blocks emits, gives rows that were
 not logged yet the id of that transaction, leaves out those that Kafka turns out to have, and opens a new log whose
-ordinal outranks the former. Windows logged before are replayed under their own log id, if they were not done. After a dump and
-restore, where transaction ids start again, rows logged before get ids that no window of the new cluster can reach. A
-crash before the commit changes nothing; a second adoption opens one more log, which does no harm.
+ordinal outranks the former. Windows logged before are replayed under their own log id, if they were not done. After a
+dump and restore, where transaction ids start again, rows logged before get ids that no window of the new cluster can
+reach. A crash before the commit changes nothing; a second adoption opens one more log, which does no harm.
 """
 
 import json
@@ -82,14 +82,23 @@ async def guard(connection: Connection, servers: str, partition_counts: dict[str
     return ends
 
 
+async def refuse_standby(connection: Connection) -> None:
+    """Asked before the lease, which a standby could not grant.
+
+    Raises:
+        RestoreDetected: this server is a standby.
+    """
+    if await SQL.standby.fetchval(connection):
+        raise RestoreDetected("this server is a standby: point the relay at the primary")
+
+
 async def check_identity(connection: Connection) -> str:
     """Compare the log's identity with the database's; the current log's id comes back.
 
     Raises:
         RestoreDetected: they differ, or this is a standby.
     """
-    if await SQL.standby.fetchval(connection):
-        raise RestoreDetected("this server is a standby: point the relay at the primary")
+    await refuse_standby(connection)
     row = await SQL.identity.fetchrow(connection)
     assert row is not None, "one log is always current"
     reasons = {

@@ -12,6 +12,7 @@ a crash does at each step:
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -64,6 +65,7 @@ class Shard:
         """
         around = self._around
         async with postgres.acquire(around.pool) as connection:
+            await restore.refuse_standby(connection)
             lease = await Lease.take(connection, self._number, around.owner, around.settings.lease_seconds)
             if lease is None:
                 return False
@@ -78,9 +80,16 @@ class Shard:
                 ended = await asyncio.gather(keeping, serving, return_exceptions=True)
             for outcome in (ended[1], ended[0]):
                 if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+                    await self._give_up(lease)
                     raise outcome
             await lease.release(connection)
         return True
+
+    async def _give_up(self, lease: Lease) -> None:
+        """After an error: let whoever is better off have the shard, without waiting for the lease to run out."""
+        with contextlib.suppress(postgres.PostgresError, *postgres.CONNECTION_ERRORS):
+            async with asyncio.timeout(lease.seconds / 3), postgres.acquire(self._around.pool) as connection:
+                await lease.release(connection)
 
     async def _serve(self, connection: Connection, lease: Lease) -> None:
         await window.SQL.prepare_session.execute(connection)

@@ -158,15 +158,15 @@ class Writers:
 
     async def published(self, reader: TopicReader) -> None:
         """Wait until every committed change is on the topic."""
-        wanted = {row["identity"] for row in await self.pool.fetch("select identity from changes")}
-        wanted -= await self.parked()
+        committed = {row["identity"] for row in await self.pool.fetch("select identity from changes")}
 
         async def look() -> bool:
+            wanted = committed - await self.parked()
             if await reader.count() < len(wanted):
                 return False
             return wanted <= {record.identity for record in await reader.records(identify)}
 
-        await eventually(look, what=f"{len(wanted)} changes on the topic", timeout_seconds=60.0)
+        await eventually(look, what=f"{len(committed)} changes on the topic or parked", timeout_seconds=60.0)
 
     async def parked(self) -> set[str]:
         """Identities that wait in parking."""

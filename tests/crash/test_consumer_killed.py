@@ -1,0 +1,69 @@
+"""kill -9 of a consumer between any two of its steps: nothing is lost, nothing is applied twice."""
+
+import signal
+
+import pytest
+
+from outbox import Consumer, Pool
+from tests.integration.test_consumer import applied, cached, expected, traffic
+from tests.support.consumer_process import SETTINGS, TABLE, consumer_process, create_table, vocabulary
+from tests.support.faults import Fault, eventually
+from tests.support.kafka_server import create_topic
+from tests.support.producing import produce
+
+pytestmark = pytest.mark.crash
+
+SITES = [
+    Fault("consumer.kafka.ends", "after"),
+    Fault("outbox.consumer.apply.claim", "after"),
+    Fault("outbox.consumer.apply.advance", "before"),
+    Fault("outbox.consumer.apply.advance", "after"),
+    Fault("outbox.cache.merge.merge", "before"),
+    Fault("outbox.cache.merge.merge", "after"),
+    Fault("outbox.cache.merge.merge", "after", visit=2),
+    Fault("outbox.consumer.parking.open_keys", "after"),
+    Fault("outbox.consumer.parking.queue", "after"),
+]
+
+
+@pytest.mark.parametrize("fault", SITES, ids=str)
+async def test_killed_between_update_and_commit(
+    log_pool: Pool, database: str, broker: str, topic: str, fault: Fault
+) -> None:
+    words = vocabulary(topic)
+    await create_table(log_pool)
+    await create_topic(broker, topic, partitions=2)
+    events = traffic(words, 400, seed=4)
+    poisoned = words.named.model_validate({"agent_id": "00000000-0000-0000-0000-0000000000ff", "name": "forbidden"})
+    await produce(broker, topic, [*events, poisoned], window=1, partitions=2)
+    with consumer_process(database, broker, topic, fault) as victim:
+        assert await victim.died() == -signal.SIGKILL
+    async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS):
+        await applied(log_pool, 401)
+    assert await cached(log_pool) == expected(words, events)
+    assert await log_pool.fetch("select agent_id, at from writes group by 1, 2 having count(*) > 1") == []
+    waiting = await log_pool.fetch("select key, count(*) from outbox.parked_events where parker = $1 group by 1", TABLE)
+    assert [tuple(row) for row in waiting] == [(str(poisoned.model_dump()["agent_id"]), 1)]
+
+
+async def test_a_frozen_owner_wakes_up_to_nothing(log_pool: Pool, database: str, broker: str, topic: str) -> None:
+    """Stopped with its batch open, it loses the partition; what it does when it wakes up changes nothing."""
+    words = vocabulary(topic)
+    await create_table(log_pool)
+    await create_topic(broker, topic)
+    events = traffic(words, 200, seed=5)
+    await produce(broker, topic, events[:100], window=1, partitions=1)
+    with consumer_process(database, broker, topic, Fault("outbox.consumer.apply.advance", "before", "stop")) as zombie:
+
+        async def claimed() -> bool:
+            return bool(await log_pool.fetchval("select exists (select from outbox.positions where epoch = 1)"))
+
+        await eventually(claimed, what="the zombie has claimed")
+        async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS) as owner:
+            await applied(log_pool, 100)
+            zombie.signal(signal.SIGCONT)
+            await produce(broker, topic, events[100:], window=2, partitions=1)
+            await applied(log_pool, 200)
+            assert owner.totals.applied + owner.totals.dropped >= 100
+    assert await cached(log_pool) == expected(words, events)
+    assert await log_pool.fetch("select agent_id, at from writes group by 1, 2 having count(*) > 1") == []

@@ -14,7 +14,10 @@ An HTML comment in front of a block says more where that is not enough:
     <!-- test: workflow_db -->  sql: for the other database
     <!-- test: service -->      console: the page goes on when the command has printed the lines under it; it runs on
                                 beside what follows, until SIGTERM, which must end it with status 0
+    <!-- test: help -->         console: the command is not run, but `--help` after it shows that it would be understood
     <!-- test: dry -->          console: make is only asked what it would do
+
+A block without a language is not run, and must not look like a command.
 """
 
 import ast
@@ -31,9 +34,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from outbox import Pool
+from outbox.embedded.databases import wheel_bin_dir
 
 ROOT: Final = Path(__file__).parents[2]
-SILENT: Final = frozenset({"text", "json", "ini", "yaml"})
+SILENT: Final = frozenset({"", "text", "json", "ini", "yaml"})
+COMMANDS: Final = re.compile(r"^(\$ |outbox |make |pip |python |psql )", re.MULTILINE)
 STOP_TIMEOUT_SECONDS: Final = 20.0
 SERVERS: Final = frozenset({"DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS"})
 
@@ -87,7 +92,7 @@ class Session:
             **os.environ,
             "DATABASE_URL": urls["llm_agent_db"],
             "KAFKA_BOOTSTRAP_SERVERS": kafka,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], str(wheel_bin_dir() or "")]),
             "PYTHONPATH": str(ROOT),
             "NO_COLOR": "1",
             "COLUMNS": "120",
@@ -127,13 +132,14 @@ class Session:
                     await self._console(line, expected, test)
             case language, _:
                 assert language in SILENT, f"a block of {language!r} cannot be tested; is it text?"
+                assert not COMMANDS.search(block.body), "somebody may type this: fence it as console"
 
     async def _console(self, line: str, expected: str, test: str | None) -> None:
-        shell = f"{line} --dry-run" if test == "dry" else f"exec {line}"
-        command = Command(["bash", "-c", shell], self._environment)
+        asked = {"dry": "--dry-run", "help": "--help"}.get(test or "", "")
+        command = Command(["bash", "-c", f"exec {line} {asked}"], self._environment)
         if test == "service":
-            self._services.append(command)
             await command.shows(expected)
+            self._services.append(command)
         else:
             await command.ends_well(expected)
 

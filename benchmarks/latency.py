@@ -101,6 +101,8 @@ def report_latency(bench: Bench, load: Load, echoes: list[float], skip: int) -> 
     pace = n / ((load.committed[-1] - load.committed[skip]) / 1e9)
     report.section(f"Latency at {bench.plan.rate:,} events/s, one a transaction")
     report.add("offered_events_per_second", pace, "events/s", n)
+    if pace < 0.95 * bench.plan.rate:
+        bench.console.print(f"[yellow]The writer offered {pace:,.0f} events/s only: the machine was too busy.[/]")
     for name, values in (("commit_to_kafka", after_commit), ("emit_to_kafka", after_emit), ("echo", echoes)):
         report.add(f"{name}_p50_ms", percentile(values, 0.5), "ms", len(values))
         report.add(f"{name}_p99_ms", percentile(values, 0.99), "ms", len(values))

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -27,6 +28,7 @@ python -m benchmarks.relay --quick
 """
 _DEFAULTS: Final = Plan()
 _PLAIN_WIDTH: Final = 120
+_QUIET_PERCENT: Final = 10.0
 
 
 class Part(StrEnum):
@@ -57,6 +59,7 @@ _PARTS: Final[dict[Part, Callable[[Bench], Awaitable[None]]]] = {
 async def measure(parts: list[Part], plan: Plan, report: Report, console: Console, *, kafka: bool) -> None:
     """All parts, one after the other, on servers of their own."""
     debezium = Part.DEBEZIUM in parts
+    await _other_load(report)
     with servers.running(real_kafka=kafka, logical=debezium) as running:
         bench = Bench(running, plan, report, console)
         with bench.progress:
@@ -64,6 +67,15 @@ async def measure(parts: list[Part], plan: Plan, report: Report, console: Consol
                 await backlog.warm_up_broker(bench)
             for part in parts:
                 await _PARTS[part](bench)
+    await _other_load(report)
+    if report["other_cpu_percent"] > _QUIET_PERCENT:
+        console.print("[yellow]Other programs kept this machine busy: trust CPU an event, not rates or latency.[/]")
+
+
+async def _other_load(report: Report) -> None:
+    """How busy the machine is without us, before and after."""
+    report.section("Machine")
+    report.add("other_cpu_percent", await asyncio.to_thread(psutil.cpu_percent, 2.0), "%", 2)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")

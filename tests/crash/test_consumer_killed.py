@@ -59,11 +59,10 @@ async def test_a_frozen_owner_wakes_up_to_nothing(log_pool: Pool, database: str,
             return bool(await log_pool.fetchval("select exists (select from outbox.positions where epoch = 1)"))
 
         await eventually(claimed, what="the zombie has claimed")
-        async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS) as owner:
+        async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS):
             await applied(log_pool, 100)
             zombie.signal(signal.SIGCONT)
             await produce(broker, topic, events[100:], window=2, partitions=1)
             await applied(log_pool, 200)
-            assert owner.totals.applied + owner.totals.dropped >= 100
     assert await cached(log_pool) == expected(words, events)
     assert await log_pool.fetch("select agent_id, at from writes group by 1, 2 having count(*) > 1") == []

@@ -173,7 +173,7 @@ async def test_any_name_of_table_and_column(log_pool: Pool) -> None:
     await log_pool.execute(
         'create schema "My ""schema"; create table "My ""schema"."order; drop table x" '
         '("Key_One" varchar(300) primary key, "select" text not null);'
-        "select outbox.prepare_cache('\"My \"\"schema\".\"order; drop table x\"')"
+        'select outbox.prepare_cache(\'"My ""schema"."order; drop table x"\')'
     )
     cache = Cache(Odd, table='My "schema.order; drop table x', key="Key_One", topic="odd")
 
@@ -207,12 +207,14 @@ async def test_get_and_get_many(pool: Pool) -> None:
         assert await cache.get(connection, a) is not None
     with pytest.raises(ValueError, match="at most"):
         await cache.get_many(pool, [UUID(int=n) for n in range(limits.GET_MANY_MAX_KEYS + 1)])
-    with pytest.raises(ValueError, match="uuid|UUID"):
+    with pytest.raises(ValueError, match="UUID"):
         await cache.get(pool, "no uuid")
 
 
 def receipt(key: UUID, position: int, log_id: str = LOG) -> Receipt:
-    made = Receipt.of([{"topic": TOPIC, "key": str(key), "position": position, "log_id": log_id, "transaction_id": "1"}])
+    made = Receipt.of(
+        [{"topic": TOPIC, "key": str(key), "position": position, "log_id": log_id, "transaction_id": "1"}]
+    )
     assert isinstance(made, Receipt)
     return made
 
@@ -292,9 +294,7 @@ async def test_a_table_that_does_not_fit(pool: Pool, change: str, says: str | No
 
 async def test_unprepare_takes_prepare_back(pool: Pool) -> None:
     await pool.execute("select outbox.unprepare_cache($1::text::regclass)", TABLE)
-    columns = await pool.fetch(
-        "select column_name from information_schema.columns where table_name = $1", TABLE
-    )
+    columns = await pool.fetch("select column_name from information_schema.columns where table_name = $1", TABLE)
     assert {row[0] for row in columns} == {"agent_id", "agent_name", "tags", "last_synced_at"}
     await pool.execute("select outbox.prepare_cache($1::text::regclass)", TABLE)
     assert isinstance(await make_engine(pool, make_cache()), Engine)

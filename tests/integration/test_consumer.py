@@ -9,8 +9,9 @@ import asyncpg
 import pytest
 
 from outbox import CacheDeclarationError, Consumer, Event, Pool, Relay, transaction
-from outbox.consumer import State
+from outbox.consumer import Outcome, State
 from outbox.errors import NotMigrated
+from outbox.upkeep import migrate
 from tests.support.consumer_process import SETTINGS, TABLE, CachedName, Vocabulary, create_table, vocabulary
 from tests.support.faults import eventually
 from tests.support.kafka_server import create_topic
@@ -51,6 +52,15 @@ async def applied(pool: Pool, offsets: int) -> None:
     await eventually(look, what=f"{offsets} records applied", timeout_seconds=40)
 
 
+async def counted(consumer: Consumer, totals: Outcome) -> None:
+    """Wait until the consumer has counted what it committed."""
+
+    async def look() -> bool:
+        return consumer.totals == totals
+
+    await eventually(look, what=f"{totals}, it has {consumer.totals}")
+
+
 async def all_running(*consumers: Consumer, partitions: int) -> None:
     async def look() -> bool:
         states = [state for consumer in consumers for state in consumer.states.values()]
@@ -89,11 +99,11 @@ async def test_a_restart_goes_on_where_the_database_stands(log_pool: Pool, broke
     await produce(broker, topic, events[:400], window=1, partitions=3)
     async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS) as consumer:
         await applied(log_pool, 400)
-        assert consumer.totals.applied == 400
+        await counted(consumer, Outcome(applied=400))
     await produce(broker, topic, events[400:], window=2, partitions=3)
     async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS) as consumer:
         await applied(log_pool, 600)
-        assert (consumer.totals.applied, consumer.totals.dropped) == (200, 0)
+        await counted(consumer, Outcome(applied=200))
     assert await cached(log_pool) == expected(words, events)
 
 
@@ -108,7 +118,9 @@ async def test_members_come_and_go(log_pool: Pool, broker: str, topic: str) -> N
         async with first:
             await produce(broker, topic, events[:500], window=1, partitions=4)
             await all_running(first, partitions=4)
-            second = await stays.enter_async_context(Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS))
+            second = await stays.enter_async_context(
+                Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS)
+            )
             await produce(broker, topic, events[500:1_000], window=2, partitions=4)
             await all_running(first, second, partitions=4)
             await applied(log_pool, 1_000)
@@ -146,7 +158,7 @@ async def test_records_that_faststream_would_choke_on(log_pool: Pool, broker: st
     )
     async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS) as consumer:
         await applied(log_pool, 4)
-        assert (consumer.totals.unknown, consumer.totals.applied) == (3, 1)
+        await counted(consumer, Outcome(applied=1, unknown=3))
     assert [row.name for row in await cached(log_pool)] == ["fine"]
 
 
@@ -168,3 +180,27 @@ async def test_it_starts_although_nothing_answers_yet(log_pool: Pool, topic: str
     await create_table(log_pool)
     async with Consumer(log_pool, "127.0.0.1:1", words.cache, group=topic, settings=SETTINGS) as consumer:
         assert consumer.states == {}
+
+
+async def test_services_that_call_their_tables_the_same_do_not_share_a_group(
+    log_pool: Pool, postgres: Any, broker: str, topic: str
+) -> None:
+    """Each gets all partitions, because the default group has the database's name in front."""
+    words = vocabulary(topic)
+    await create_topic(broker, topic, partitions=2)
+    events = traffic(words, 50, seed=6)
+    await produce(broker, topic, events, window=1, partitions=2)
+    url = postgres.create_database("other_" + uuid4().hex[:8])
+    async with asyncpg.create_pool(url, min_size=1, max_size=4) as other_pool:
+        await migrate.up(other_pool)
+        for pool in (log_pool, other_pool):
+            await create_table(pool)
+        async with (
+            Consumer(log_pool, broker, words.cache, settings=SETTINGS) as one,
+            Consumer(other_pool, broker, vocabulary(topic).cache, settings=SETTINGS) as other,
+        ):
+            for pool in (log_pool, other_pool):
+                await applied(pool, 50)
+            assert len(one.states) == len(other.states) == 2
+            assert await cached(log_pool) == await cached(other_pool) == expected(words, events)
+    postgres.drop_database(url.rpartition("/")[2])

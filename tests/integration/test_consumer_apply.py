@@ -1,5 +1,6 @@
 """The engine without Kafka: once, in order, by one owner; each hazard beside the rule that answers it."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -35,20 +36,15 @@ from tests.support.mutations import broken_statement
 
 
 @pytest_asyncio.fixture
-async def pool(log_pool: Pool) -> Pool:
+async def pool(log_pool: Pool) -> AsyncIterator[Pool]:
     await create_table(log_pool)
-    return log_pool
+    yield log_pool
+    crash_sites.hook = None
 
 
 @pytest_asyncio.fixture
 async def engine(pool: Pool) -> Engine:
     return await make_engine(pool, make_cache())
-
-
-@pytest_asyncio.fixture
-async def no_hook() -> AsyncIterator[None]:
-    yield
-    crash_sites.hook = None
 
 
 async def test_a_row_carries_the_event_it_is_from(pool: Pool, engine: Engine) -> None:
@@ -183,7 +179,7 @@ async def test_without_the_epoch_a_zombie_gets_through(pool: Pool) -> None:
         assert await zombie_overwrites(pool)
 
 
-async def applied_twice(engine: Engine, pool: Pool) -> bool:
+async def applied_twice(engine: Engine) -> bool:
     """Whether a batch whose COMMIT was answered into the void is applied again by the same owner."""
     kafka = Kafka()
     agent = uuid4()
@@ -194,13 +190,13 @@ async def applied_twice(engine: Engine, pool: Pool) -> bool:
     return not (await engine.apply(unaware, kafka.records)).fenced
 
 
-async def test_the_position_is_compared_and_swapped(engine: Engine, pool: Pool) -> None:
-    assert not await applied_twice(engine, pool)
+async def test_the_position_is_compared_and_swapped(engine: Engine) -> None:
+    assert not await applied_twice(engine)
 
 
-async def test_without_the_offset_a_batch_counts_twice(engine: Engine, pool: Pool) -> None:
+async def test_without_the_offset_a_batch_counts_twice(engine: Engine) -> None:
     with broken_statement(apply.SQL, "advance", "and p.next_offset = $5", "and $5::bigint >= 0"):
-        assert await applied_twice(engine, pool)
+        assert await applied_twice(engine)
 
 
 async def test_h42_duplicates_inside_one_batch(pool: Pool, engine: Engine) -> None:
@@ -215,7 +211,7 @@ async def test_h42_duplicates_inside_one_batch(pool: Pool, engine: Engine) -> No
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_redelivery_in_any_order_equals_the_fold(pool: Pool, seed: int) -> None:
-    """First occurrences in order, each delivered up to three times more, anywhere later; batches and claims at random."""
+    """First occurrences in order, each up to three times more, anywhere later; batches and claims at random."""
     dice = random.Random(seed)
     agents = [UUID(int=number) for number in range(5)]
     events = []
@@ -313,7 +309,7 @@ async def test_odd_records_pass_without_harm(pool: Pool, engine: Engine) -> None
     assert await rows(pool) == {agent: ("last", [])}
 
 
-async def test_a_transient_error_keeps_the_batch(pool: Pool, engine: Engine, no_hook: None) -> None:
+async def test_a_transient_error_keeps_the_batch(pool: Pool, engine: Engine) -> None:
     """Nothing of it is applied, nothing is parked, and the next try applies all of it."""
     agent = uuid4()
     kafka = numbered([AgentRenamed(agent_id=agent, agent_name="a")])
@@ -357,10 +353,8 @@ async def test_a_deadlock_keeps_the_batch(pool: Pool, engine: Engine) -> None:
     assert set(await rows(pool)) == {second}
 
 
-async def test_a_claim_waits_for_the_open_batch_of_the_former_owner(pool: Pool, no_hook: None) -> None:
+async def test_a_claim_waits_for_the_open_batch_of_the_former_owner(pool: Pool) -> None:
     """And then sees its marks: red when the marks are read by the statement that claims."""
-    import asyncio
-
     agent = uuid4()
     former, owner = await make_engine(pool, make_cache()), await make_engine(pool, make_cache())
     kafka = numbered([AgentRenamed(agent_id=agent, agent_name=name) for name in "ab"])
@@ -399,7 +393,7 @@ async def test_two_caches_of_one_topic(log_pool: Pool) -> None:
     assert await parked(log_pool, "second_cache") == {str(agent): ["agent.renamed"]}
 
 
-async def test_every_statement_uses_an_index(pool: Pool, engine: Engine) -> None:
+async def test_every_statement_uses_an_index(pool: Pool) -> None:
     """Without statistics and with sequential scans made dear, no plan of a batch scans a table of ours."""
     tables = ("positions", "applied", "parked_keys", "parked_events")
     arguments = {

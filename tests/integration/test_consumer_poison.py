@@ -139,7 +139,7 @@ async def test_patches_queue_behind_a_parked_event(pool: Pool, engine: Engine, b
 
 
 async def test_a_value_that_nobody_would_have_seen_is_no_poison(pool: Pool, engine: Engine) -> None:
-    """A batch is one step for readers, so a refused value that a later patch of the same batch replaces never exists."""
+    """A batch is one step for readers: a refused value that a later patch of the batch replaces never exists."""
     agent = uuid4()
     kafka = Kafka()
     forbidden(kafka, agent, (1, 1))

@@ -7,7 +7,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from outbox import DELETE, Cache, Delete, Event, Key, Patch, Pool
 from outbox.codec import uuid7
@@ -25,7 +25,7 @@ class AgentEvent(Event, topic=TOPIC):
 
 class AgentRenamed(AgentEvent, type="agent.renamed"):
     agent_name: str
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list)
 
 
 class AgentNamePatched(AgentEvent, type="agent.name_patched"):
@@ -47,7 +47,7 @@ class AgentIgnored(AgentEvent, type="agent.ignored"):
 class CachedAgent(BaseModel):
     agent_id: UUID
     agent_name: str
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list)
 
 
 def make_cache(table: str = TABLE) -> Cache[CachedAgent]:

@@ -69,7 +69,7 @@ def vocabulary(topic: str) -> Vocabulary:
 
     for handler, event in ((named, Named), (noted, Noted), (gone, Gone)):
         handler.__annotations__["event"] = event
-        cache.on(handler)  # type: ignore[arg-type]
+        cache.on(handler)
     return Vocabulary(Named, Noted, Gone, cache)
 
 
@@ -134,9 +134,7 @@ async def _main(order: Order) -> None:
         Injector(Fault(**order.fault)).install()
     async with (
         asyncpg.create_pool(order.url, min_size=1, max_size=4) as pool,
-        Consumer(
-            pool, order.servers, vocabulary(order.topic).cache, group=order.topic, settings=SETTINGS
-        ) as consumer,
+        Consumer(pool, order.servers, vocabulary(order.topic).cache, group=order.topic, settings=SETTINGS) as consumer,
     ):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, consumer.stop)
         await consumer.run()

@@ -124,7 +124,7 @@ def test_a_consumer_that_cannot_work(targets: tuple[Cache[Any], ...], says: str)
         Consumer(pool, "kafka:9092", *targets)
 
 
-def test_the_group_is_the_first_table_unless_named() -> None:
+def test_its_name_is_the_first_table_unless_given() -> None:
     pool: Any = None
-    assert Consumer(pool, "k", make_cache("a"), make_cache("b")).group == "a"
-    assert Consumer(pool, "k", make_cache("a"), group="workflow").group == "workflow"
+    assert Consumer(pool, "k", make_cache("a"), make_cache("b")).name == "a"
+    assert Consumer(pool, "k", make_cache("a"), group="workflow").name == "workflow"

@@ -89,7 +89,7 @@ def test_a_patch_is_validated_like_a_row() -> None:
 
     events = [AgentRenamed(agent_id=AGENT, agent_name="-"), AgentNamePatched(agent_id=AGENT, agent_name="7")]
     assert cache.fold(events) == [Counted(agent_id=AGENT, count=7)]
-    with pytest.raises(ValueError, match="count|integer"):
+    with pytest.raises(ValueError, match="integer"):
         cache.fold([AgentNamePatched(agent_id=AGENT, agent_name="seven")])
 
 

@@ -54,8 +54,10 @@ class Consumer(Loop):
             db: a pool on the service's database.
             kafka: bootstrap servers.
             targets: caches; several may read one topic.
-            group: consumer group, under which positions are kept; the first target's table where not given. A target
-                that joins an existing group begins where the group stands: to read from the start it needs its own.
+            group: consumer group, under which positions are kept too. Where not given, positions are kept under the
+                first target's table, and the group's name has the database's in front, because two services that read
+                a topic may call their tables the same. A target that joins an existing group begins where the group
+                stands: to read from the start it needs a consumer of its own.
             settings: from the environment (`SAGABOX_*`) where not given.
 
         Raises:
@@ -64,12 +66,13 @@ class Consumer(Loop):
         self._settings = settings or Settings()
         super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds)
         _check_targets(targets)
-        self.group = group or targets[0].table
-        """The consumer's name, in Kafka and in outbox.positions."""
+        self.name = group or targets[0].table
+        """The consumer's name in outbox.positions."""
+        self._group = group
         self._pool = db
         self._servers = kafka
         self._topics = sorted({target.topic for target in targets})
-        self._engine = Engine(db, self.group, f"{socket.gethostname()}:{os.getpid()}", targets)
+        self._engine = Engine(db, self.name, f"{socket.gethostname()}:{os.getpid()}", targets)
         self._membership: Membership | None = None
         self._prepared = False
 
@@ -102,6 +105,7 @@ class Consumer(Loop):
     async def _prepare(self) -> None:
         await migrate.check(self._pool)
         await self._engine.prepare()
+        self._group = self._group or f"{await self._engine.database()}.{self.name}"
         self._prepared = True
 
     async def _main(self) -> None:
@@ -112,9 +116,10 @@ class Consumer(Loop):
                         await self._prepare()
         except postgres.CONNECTION_ERRORS:
             return  # stopped before the database answered
+        assert self._group is not None
         pauses = retry.backoff()
         while not self._stopping.is_set():
-            membership = Membership(self._engine, self._servers, self.group, self._topics, self._settings)
+            membership = Membership(self._engine, self._servers, self._group, self._topics, self._settings)
             try:
                 await membership.start()
             except (kafka.KafkaError, *postgres.CONNECTION_ERRORS) as error:

@@ -118,6 +118,11 @@ class Engine:
             targets.setdefault(cache.topic, []).append(Target(cache, await cache.prepare(self._pool)))
         self._targets = targets
 
+    async def database(self) -> str:
+        """The name of the database."""
+        name: str = await SQL.database.fetchval(self._pool)
+        return name
+
     async def claim(self, topic: str, number: int, first_offset: int) -> Partition:
         """Take a partition over from whoever has it; a partition never read before begins at `first_offset`."""
         async with postgres.acquire(self._pool) as connection:

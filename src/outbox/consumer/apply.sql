@@ -39,6 +39,10 @@ select array(select x.parker from unnest($12::text[]) x(parker)
        set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout
   from moved
 
+-- name: database
+-- Tells services apart that call their consumers the same. Reads nothing.
+select current_database()
+
 -- name: immediate
 -- Lets deferred constraints of the user's table speak within the savepoint of the key that violates them.
 set constraints all immediate

@@ -11,7 +11,7 @@ Guarantees:
 * All of it happens in the batch's transaction: an event is applied, or parked, or the whole batch is not there. A crash
   at any line leaves the state before the batch.
 * A poison event parks its own key and nobody else's. Its later patches queue behind it in order; the next full row or
-  `DELETE` takes effect, and what waited is deleted, because that row says all there is to say (ADR 0013).
+  `DELETE` takes effect, and what waited is deleted, because that row says all there is to say (ADR 0010).
 * A key is parked per cache, so what one cache cannot apply another one can.
 * The park is bounded: past the bound the batch fails with `ParkingFull`, and nothing of it is applied.
 """

@@ -27,6 +27,11 @@ class TruncatedTopicError(RuntimeError):
     """The topic no longer starts at offset 0, so nobody can say what was on it."""
 
 
+def kafka_hash(key: str) -> int:
+    """What every Kafka client makes of a key; modulo the number of partitions it is the key's partition."""
+    return int(murmur2(key.encode())) & 0x7FFFFFFF
+
+
 @asynccontextmanager
 async def topic_reader(servers: str, topic: str) -> AsyncIterator["TopicReader"]:
     """A reader of one topic, outside any consumer group."""
@@ -50,7 +55,7 @@ class TopicReader:
 
     def partition_of(self, key: str) -> int:
         """The partition that every Kafka client computes for a key."""
-        return (int(murmur2(key.encode())) & 0x7FFFFFFF) % len(self._partitions)
+        return kafka_hash(key) % len(self._partitions)
 
     async def count(self) -> int:
         """How many records have arrived so far, duplicates included.

@@ -5,9 +5,12 @@
 select s.shard from outbox.shards s, outbox.logs l where l.is_current and s.shard < l.shard_count order by s.shard
 
 -- name: take
--- Locks the row; nothing comes back while somebody else's lease runs. Rows: 1.
+-- Locks the row; nothing comes back while somebody else's lease runs. Rows: 1. Granted implies durable: an epoch that a
+-- crash of the server took back would be granted twice.
+with durable as materialized (select set_config('synchronous_commit', 'on', true))
 update outbox.shards
    set lease_owner = $2, lease_epoch = lease_epoch + 1, lease_until = clock_timestamp() + make_interval(secs => $3)
+  from durable
  where shard = $1 and (lease_until is null or lease_until < clock_timestamp())
 returning lease_epoch
 

@@ -202,6 +202,10 @@ def _quiet_refusal() -> Iterator[None]:
         reports.removeFilter(others)
 
 
+def _drop(_batch: object) -> None:
+    """Instead of sending a batch again."""
+
+
 async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:
     """Close the connections first: a sender that is merely stopped would still deliver, late, what it holds."""
     with contextlib.suppress(KafkaError, OSError, TimeoutError, RuntimeError, AttributeError):
@@ -209,7 +213,9 @@ async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:
             await producer.client.close()
     with contextlib.suppress(KafkaError, OSError, TimeoutError, RuntimeError, asyncio.InvalidStateError):
         async with asyncio.timeout(_ABORT_TIMEOUT_SECONDS):
-            producer._message_accumulator.fail_all(errors.ProducerClosed())  # noqa: SLF001 - no public way to drop batches
+            pending = producer._message_accumulator  # noqa: SLF001 - no public way to drop batches
+            pending.reenqueue = _drop  # or a request in flight puts back what fail_all removes: a KeyError from close()
+            pending.fail_all(errors.ProducerClosed())
             await producer._sender.close()  # noqa: SLF001 - stop() would flush, against a broker that may be gone
     producer._closed = True  # noqa: SLF001 - or its finaliser warns
 

@@ -1,0 +1,50 @@
+"""The producer that can be thrown away, against a broker that does not answer."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from outbox import kafka
+from outbox.settings import Settings
+from tests.support.faults import stopped
+from tests.support.kafka_server import RealKafka, create_topic
+
+QUICK = Settings(publish_timeout_seconds=1.0)
+
+
+@pytest.fixture
+def thawed(real_kafka: RealKafka) -> Iterator[RealKafka]:
+    """Answers again afterwards, whatever the test did to it."""
+    yield real_kafka
+    os.kill(real_kafka.pid, signal.SIGCONT)
+
+
+def batch_of_one(producer: kafka.Producer) -> kafka.Batch:
+    batch = producer.batch()
+    assert batch.append(timestamp=None, key=b"k", value=b"v", headers=[]) is not None
+    return batch
+
+
+async def test_a_producer_with_a_request_in_flight_is_discarded_and_another_one_goes_on(
+    thawed: RealKafka, topic: str
+) -> None:
+    """Seen red: aiokafka put the failed batch back into its queue, a KeyError that ended the relay."""
+    await create_topic(thawed.bootstrap_servers, topic)
+    producer = kafka.Producer(thawed.bootstrap_servers, QUICK)
+    await producer.start()
+    assert await producer.send(batch_of_one(producer), topic, 0) == 0
+
+    os.kill(thawed.pid, signal.SIGSTOP)
+    await stopped(thawed.pid)
+    sending = asyncio.create_task(producer.send(batch_of_one(producer), topic, 0))
+    with pytest.raises((kafka.KafkaError, TimeoutError)):
+        await sending
+    await producer.discard(producer.generation)
+
+    os.kill(thawed.pid, signal.SIGCONT)
+    await producer.start()
+    assert await producer.send(batch_of_one(producer), topic, 0) in {1, 2}  # the frozen one may have arrived late
+    await producer.stop()

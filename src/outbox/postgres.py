@@ -155,6 +155,23 @@ async def acquire(db: "Pool | Connection") -> AsyncIterator["Connection"]:
             raise
 
 
+@asynccontextmanager
+async def atomic(connection: "Connection") -> AsyncIterator[None]:
+    """A transaction for the length of the block; inside an open one, a savepoint, also where that began as text."""
+    began_as_text = connection.is_in_transaction() and getattr(connection, "_top_xact", None) is None
+    if not began_as_text:
+        async with connection.transaction():
+            yield
+        return
+    await connection.execute("savepoint outbox_unit")
+    try:
+        yield
+    except BaseException:
+        await connection.execute("rollback to outbox_unit; release outbox_unit")
+        raise
+    await connection.execute("release outbox_unit")
+
+
 def _left_clean(error: BaseException) -> bool:
     """Whether the server itself reported the error, so that the connection is known to be in step."""
     return isinstance(error, Exception) and not isinstance(error, CONNECTION_ERRORS)
@@ -165,15 +182,17 @@ def sqlstate(error: BaseException) -> str | None:
     return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
 
 
-def on_savepoints(connection: "Connection", callback: Callable[[str], None]) -> Callable[[], None]:
-    """Call back with each query that begins, ends or rolls back a savepoint, whoever sends it; returns how to stop.
+def on_savepoints(
+    connection: "Connection", callback: Callable[[str, BaseException | None], None]
+) -> Callable[[], None]:
+    """Call back with each query that may change savepoints, and with its error, if any; returns how to stop.
 
     The callback is scheduled on the event loop in the order of the queries, as are other `call_soon` callbacks.
     """
 
     def observe(query: Any) -> None:
-        if query.exception is None and _SAVEPOINT.search(query.query):
-            callback(query.query)
+        if _SAVEPOINT.search(query.query):
+            callback(query.query, query.exception)
 
     connection.add_query_logger(observe)
     return lambda: connection.remove_query_logger(observe)

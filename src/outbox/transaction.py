@@ -6,21 +6,22 @@ Guarantees, and what a crash does to them:
   caller owns the transaction). The business row locks are still held then, so for one key the order of positions is the
   order of the writes, whichever process makes them.
 * An event belongs to the savepoint in which it was emitted. When that savepoint is rolled back, by whomever, its events
-  are dropped: the buffer follows the connection's own SAVEPOINT, RELEASE and ROLLBACK TO statements.
+  are dropped: the buffer follows the connection's own SAVEPOINT, RELEASE and ROLLBACK TO statements. Where such a
+  statement was interrupted and it matters what became of it, nothing commits.
 * A crash before COMMIT leaves neither rows nor events; a crash after it leaves both. There is no state in between.
 * What could never be published is refused here, while the caller can still roll back.
 """
 
 import asyncio
 import json
-import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
-from outbox import codec, limits, postgres
+from outbox import codec, limits, postgres, savepoints
 from outbox.errors import EmitError, ReceiptUnavailable, RecordTooLarge, TransactionClosed
 from outbox.event import Event, check_headers, key_text, kind_of
 from outbox.postgres import Connection, Pool, Record
@@ -44,7 +45,8 @@ class Emission:
     @property
     def size_bytes(self) -> int:
         """What the record will need in Kafka, our own headers included."""
-        return len(self.payload) + len(self.key) + len(self.headers or "") + limits.RECORD_OVERHEAD_BYTES
+        headers_bytes = len((self.headers or "").encode())
+        return len(self.payload) + len(self.key.encode()) + headers_bytes + limits.RECORD_OVERHEAD_BYTES
 
 
 def describe(event: Event, headers: Mapping[str, str] | None = None) -> Emission:
@@ -58,7 +60,7 @@ def describe(event: Event, headers: Mapping[str, str] | None = None) -> Emission
         check_headers(headers)
     emission = Emission(
         topic=kind.topic,
-        key=key_text(getattr(event, kind.key_field)),
+        key=key_text(getattr(event, kind.key_field, None)),
         event_id=codec.uuid7(),
         event_type=kind.type,
         schema_version=kind.schema_version,
@@ -85,42 +87,91 @@ class Buffer:
 
     def __init__(self) -> None:
         """An empty buffer outside any savepoint."""
-        self._levels = [_Savepoint("")]
+        # More than one only after an interrupted statement: what PostgreSQL may have made of it.
+        self._possible: list[list[_Savepoint]] = [[_Savepoint("")]]
+        self._is_lost = False
 
     def add(self, emission: Emission) -> None:
         """Keep an event at the present level."""
-        self._levels[-1].events.append(emission)
+        for levels in self._possible:
+            levels[-1].events.append(emission)
 
-    def observe(self, query: str) -> None:
-        """Follow the savepoint statements of one query, as PostgreSQL does."""
-        for match in _SAVEPOINT.finditer(query):
-            name = (match["quoted"] or match["bare"].lower()).replace('""', '"')
-            if match["verb"].lower() == "savepoint":
-                self._levels.append(_Savepoint(name))
-                continue
-            depth = max((i for i, level in enumerate(self._levels) if level.name == name and i), default=0)
-            if not depth:
-                continue  # of a level opened before this unit of work
-            if match["verb"].lower().startswith("rollback"):
-                del self._levels[depth + 1 :]
-                self._levels[depth].events.clear()
-            else:
-                kept = [emission for level in self._levels[depth:] for emission in level.events]
-                del self._levels[depth:]
-                self._levels[-1].events.extend(kept)
+    def observe(self, query: str, error: BaseException | None = None) -> None:
+        """Follow the savepoint statements of one query, as PostgreSQL does.
+
+        Of one that failed, PostgreSQL may have carried out the first statements; of one that was cancelled or timed
+        out, all. What follows usually tells, as nothing but ROLLBACK TO goes on after a failure.
+        """
+        text = savepoints.read(query)
+        if error is None:
+            possible = [levels for levels in self._possible if _knows(levels, text.changes)]
+            # A name that none of them knows is of a level opened before this unit of work.
+            for levels in possible:
+                _apply(levels, text.changes)
+            self._possible = possible or self._possible
+        elif text.changes and (text.statements > 1 or not isinstance(error, postgres.PostgresError)):
+            self._fork([text.changes[:n] for n in range(len(text.changes) + 1)])
+
+    def _fork(self, outcomes: Sequence[Sequence[savepoints.Change]]) -> None:
+        possible: list[list[_Savepoint]] = []
+        for levels, changes in product(self._possible, outcomes):
+            if _knows(levels, changes):
+                copied = [_Savepoint(level.name, list(level.events)) for level in levels]
+                _apply(copied, changes)
+                if copied not in possible:
+                    possible.append(copied)
+        if len(possible) > limits.SAVEPOINT_DOUBTS_MAX:
+            self._is_lost = True
+        else:
+            self._possible = possible
 
     def drain(self) -> list[Emission]:
-        """All events that still count, in the order emitted; the buffer is empty afterwards."""
-        events = [emission for level in self._levels for emission in level.events]
-        self._levels = [_Savepoint("")]
+        """All events that still count, in the order emitted; the buffer is empty afterwards.
+
+        Raises:
+            EmitError: a savepoint statement was interrupted, and it matters what became of it.
+        """
+        events, *others = [[event for level in levels for event in level.events] for levels in self._possible]
+        if self._is_lost or any(other != events for other in others):
+            raise EmitError(
+                "savepoints",
+                "a savepoint statement was interrupted, and which events still count depends on what became of it",
+                "try the whole transaction again",
+            )
+        self._possible = [[_Savepoint("")]]
         return events
 
 
-_SAVEPOINT: Final = re.compile(
-    r"""(?:^|;)\s*(?P<verb>savepoint|release(?:\s+savepoint)?|rollback\s+(?:work\s+|transaction\s+)?to(?:\s+savepoint)?)
-        \s+(?:"(?P<quoted>(?:[^"]|"")+)"|(?P<bare>[\w$]+))""",
-    re.IGNORECASE | re.VERBOSE,
-)
+def _knows(levels: list[_Savepoint], changes: Iterable[savepoints.Change]) -> bool:
+    """Whether PostgreSQL would carry out the changes: each names a savepoint that is open."""
+    names = [level.name for level in levels[1:]]
+    for change in changes:
+        if change.kind == "open":
+            names.append(change.name)
+            continue
+        if change.name not in names:
+            return False
+        while names[-1] != change.name:
+            names.pop()
+        if change.kind == "release":
+            names.pop()
+    return True
+
+
+def _apply(levels: list[_Savepoint], changes: Iterable[savepoints.Change]) -> None:
+    """Carry out changes that the levels know."""
+    for change in changes:
+        if change.kind == "open":
+            levels.append(_Savepoint(change.name))
+            continue
+        depth = max(i for i, level in enumerate(levels) if level.name == change.name and i)
+        if change.kind == "rollback":
+            del levels[depth + 1 :]
+            levels[depth].events.clear()
+        else:
+            kept = [emission for level in levels[depth:] for emission in level.events]
+            del levels[depth:]
+            levels[-1].events.extend(kept)
 
 
 class Transaction:
@@ -153,12 +204,11 @@ class Transaction:
             EmitError: an event could never be published; the transaction is still usable.
             TransactionClosed: the block has ended.
         """
-        if not self._open:
-            raise TransactionClosed("this transaction has ended: emit inside its block")
+        self.require_open()
+        if self._emitted + len(events) > limits.EMIT_MAX_EVENTS:
+            raise EmitError("events", f"are more than {limits.EMIT_MAX_EVENTS} in one transaction", "split the work")
         emissions = [describe(event, headers) for event in events]
         self._emitted += len(emissions)
-        if self._emitted > limits.EMIT_MAX_EVENTS:
-            raise EmitError("events", f"are more than {limits.EMIT_MAX_EVENTS} in one transaction", "split the work")
         for emission in emissions:
             # Savepoint observations arrive through the event loop's queue; so do emissions, and the order stays true.
             self._loop.call_soon(self._buffer.add, emission)
@@ -189,6 +239,27 @@ class Transaction:
     async def fetchval(self, query: str, *args: object) -> Any:
         """As asyncpg's."""
         return await self._connection.fetchval(query, *args)
+
+    def require_open(self) -> None:
+        """For `transaction` and `emit`.
+
+        Raises:
+            TransactionClosed: the block has ended.
+        """
+        if not self._open:
+            raise TransactionClosed("this transaction has ended: emit inside its block")
+
+    def seal(self) -> None:
+        """For `transaction`: the block has ended; what is emitted from now on would miss the flush.
+
+        Raises:
+            TransactionClosed: the block committed or rolled back by itself, so nothing is left to commit events with.
+        """
+        self._open = False
+        if not self._connection.is_in_transaction():
+            raise TransactionClosed(
+                "the block ended its own transaction: leave COMMIT and ROLLBACK to outbox.transaction"
+            )
 
     def close(self, receipt: Receipt | ReceiptUnavailable) -> None:
         """For `transaction`: the block has ended, with this receipt or the reason why there is none."""
@@ -232,7 +303,8 @@ async def transaction(db: Db) -> AsyncIterator[Transaction]:
     committed.
     """
     if isinstance(db, Transaction):
-        async with db.connection.transaction():
+        db.require_open()
+        async with postgres.atomic(db.connection):
             yield db
         return
     async with postgres.acquire(db) as connection:
@@ -240,15 +312,16 @@ async def transaction(db: Db) -> AsyncIterator[Transaction]:
         unit = Transaction(connection, buffer)
         rows: list[Record] = []
         try:
-            async with connection.transaction():
+            async with postgres.atomic(connection):
                 stop_observing = postgres.on_savepoints(connection, buffer.observe)
                 try:
                     yield unit
+                    unit.seal()
                     await asyncio.sleep(0)  # lets queued observations and emissions reach the buffer
                     rows = await _flush(connection, buffer.drain())
                 finally:
                     stop_observing()
         except BaseException:
-            unit.close(ReceiptUnavailable("the transaction was rolled back: nothing was emitted"))
+            unit.close(ReceiptUnavailable("the transaction was rolled back, unless its COMMIT was lost on the way"))
             raise
         unit.close(Receipt.of(rows))

@@ -1,5 +1,6 @@
 """What services declare: events with a topic, a type and one key field."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, TypeVar
@@ -94,8 +95,12 @@ class Event(BaseModel):
             raise TypeError(f"{cls.__name__}: has {len(keys)} key fields; annotate exactly one field with Key[...]")
         if cls.__topic__ is None:
             raise TypeError(f"{cls.__name__}: has a type but no topic; pass topic=... to it or to its base class")
-        if not 1 <= len(type.encode()) <= limits.EVENT_TYPE_MAX_BYTES:
+        if not 1 <= len(type.encode("utf-8", "surrogatepass")) <= limits.EVENT_TYPE_MAX_BYTES:
             raise TypeError(f"{cls.__name__}: type must have 1 to {limits.EVENT_TYPE_MAX_BYTES} bytes")
+        try:
+            _check_text("type", type)
+        except EmitError as error:
+            raise TypeError(f"{cls.__name__}: {error}") from error
         if not 1 <= schema_version <= 32_767:
             raise TypeError(f"{cls.__name__}: schema_version must be between 1 and 32767, not {schema_version}")
         cls.__kind__ = EventKind(type=type, topic=cls.__topic__, schema_version=schema_version, key_field=keys[0])
@@ -105,8 +110,10 @@ def kind_of(event_class: type[Event]) -> EventKind:
     """The kind of a concrete event class.
 
     Raises:
-        EmitError: the class is abstract.
+        EmitError: the class is abstract, or no event at all.
     """
+    if not issubclass(event_class, Event):
+        raise EmitError("type", f"{event_class.__name__} is no event", "emit instances of Event's subclasses")
     if event_class.__kind__ is None:
         raise EmitError("type", f"{event_class.__name__} is abstract", "emit a subclass declared with type=...")
     return event_class.__kind__
@@ -121,6 +128,8 @@ def key_text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, _KEY_TYPES):
         remedy = "use a UUID, str or int"
         raise EmitError("key", f"has the type {type(value).__name__}", remedy)
+    if isinstance(value, int) and value.bit_length() > 8 * limits.KEY_MAX_BYTES:  # str() would refuse it in its own way
+        raise EmitError("key", "is empty or too long", f"use 1 to {limits.KEY_MAX_BYTES} bytes")
     # An enum's str() is its name; the key is its value.
     text = (
         str.__str__(value) if isinstance(value, str) else int.__repr__(value) if isinstance(value, int) else str(value)
@@ -137,7 +146,8 @@ def check_headers(headers: Mapping[str, str]) -> None:
     Raises:
         EmitError: a name or value is not text that UTF-8 can carry, a name is ours, or all together are too large.
     """
-    size_bytes = 0
+    if not isinstance(headers, Mapping):
+        raise EmitError("headers", f"are a {type(headers).__name__}", "pass a mapping of text to text")
     for name, value in headers.items():
         if not all(isinstance(text, str) for text in (name, value)):
             raise EmitError("headers", f"{name!r} is not text to text", "encode the value as str")
@@ -145,7 +155,8 @@ def check_headers(headers: Mapping[str, str]) -> None:
             raise EmitError("headers", f"{name!r} is reserved", "choose a name without the prefixes ce_ and ob-")
         _check_text("headers", name)
         _check_text("headers", value)
-        size_bytes += len(name.encode()) + len(value.encode()) + 6
+    # As PostgreSQL stores them, and measures them: quotes and control characters take more than themselves.
+    size_bytes = len(json.dumps(dict(headers), ensure_ascii=False).encode())
     if size_bytes > limits.HEADERS_MAX_BYTES:
         raise EmitError("headers", f"have {size_bytes} bytes", f"stay below {limits.HEADERS_MAX_BYTES}")
 

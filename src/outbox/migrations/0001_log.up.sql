@@ -244,6 +244,11 @@ begin
         raise exception using errcode = 'OB011', message = 'headers must be a JSON object of strings',
             hint = 'pass jsonb_build_object(''name'', ''text'', ...)';
     end if;
+    -- One of ours would be taken for the position or the type that the relay writes.
+    if exists (select from jsonb_object_keys(headers) h(name) where h.name ~ '^(ce_|ob-)' or h.name in ('', 'content-type')) then
+        raise exception using errcode = 'OB011', message = 'headers named ce_*, ob-*, content-type or nothing are reserved',
+            hint = 'choose another name';
+    end if;
     its_shard := outbox.shard_of(key, (select l.shard_count from outbox.logs l where l.is_current));
     insert into outbox.events as e (shard, topic, key, event_id, event_type, schema_version, headers, payload)
     values (its_shard, topic, key, coalesce(event_id, outbox.uuid7()), type, schema_version, headers,

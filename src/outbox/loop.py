@@ -46,10 +46,14 @@ class Loop(ABC):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Drain for at most the drain timeout, then cancel."""
+        """Drain for at most the drain timeout, then cancel; at once where the caller is cancelled while it waits."""
         assert self._task is not None
         self.stop()
-        done, _ = await asyncio.wait({self._task}, timeout=self._drain_timeout_seconds)
+        try:
+            done, _ = await asyncio.wait({self._task}, timeout=self._drain_timeout_seconds)
+        except asyncio.CancelledError:
+            self._task.cancel()
+            raise
         if not done:
             log.warning("%s did not drain in %s s", type(self).__name__, self._drain_timeout_seconds)
             self._task.cancel()

@@ -46,20 +46,25 @@ class Receipt(str):
     def _body(self) -> dict[str, Any]:
         try:
             body = json.loads(base64.urlsafe_b64decode(self + "=" * (-len(self) % 4)))
-            return {"l": body["l"], "t": int(body["t"]), "p": dict(body["p"])}
-        except (ValueError, TypeError, KeyError, binascii.Error) as error:
+            positions = {str(digest): int(position) for digest, position in dict(body["p"]).items()}
+            parsed = {"l": str(body["l"]), "t": int(body["t"]), "p": positions}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, binascii.Error) as error:
             raise ReceiptUnavailable("this is no receipt: pass the value of tx.receipt unchanged") from error
+        if any(not 0 < position < 2**63 for position in positions.values()):
+            raise ReceiptUnavailable("this is no receipt: a position is a positive bigint")
+        return parsed
 
     @property
     def log_id(self) -> str:
         """The log in which the positions count."""
-        return str(self._body()["l"])
+        log_id: str = self._body()["l"]
+        return log_id
 
     def position(self, topic: str, key: str) -> int | None:
         """The position of the transaction's last event for a key; None if it emitted none."""
-        position = self._body()["p"].get(str(_digest(topic, key)))
-        return None if position is None else int(position)
+        position: int | None = self._body()["p"].get(str(_digest(topic, key)))
+        return position
 
 
 def _digest(topic: str, key: str) -> int:
-    return zlib.crc32(key.encode(), zlib.crc32(topic.encode()))
+    return zlib.crc32(f"{topic}/{key}".encode())  # a topic's name has no slash

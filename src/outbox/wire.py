@@ -14,7 +14,7 @@ Header: TypeAlias = tuple[str, bytes]
 
 POSITION_HEADER: Final = "ob-pos"
 SCHEMA_VERSION_HEADER: Final = "ob-schema-version"
-_PREFIX: Final = "ce_"
+_VERSION_MAX_DIGITS: Final = 5
 
 
 class Position(NamedTuple):
@@ -101,7 +101,7 @@ def envelope_of(headers: Sequence[tuple[str, bytes | None]]) -> Envelope:
     return Envelope(
         event_id=_text(found.get("ce_id")),
         event_type=_text(found.get("ce_type")),
-        schema_version=int(version) if version.isdigit() else 1,
+        schema_version=int(version) if version.isdigit() and len(version) <= _VERSION_MAX_DIGITS else 1,
         source=_text(found.get("ce_source")),
         position=parse_position(found[POSITION_HEADER]) if POSITION_HEADER in found else None,
     )

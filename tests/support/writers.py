@@ -25,6 +25,10 @@ create table accounts (key text primary key, version integer not null default 0)
 create table changes (key text not null, version integer not null, identity text primary key,
                       written_at timestamptz not null default clock_timestamp())
 """
+CHANGE: Final = """
+with up as (update accounts set version = version + 1 where key = $1 returning version)
+insert into changes (key, version, identity) select $1, version, $2 from up
+"""
 CHANGES: Final = "select key, version, identity, null as row from changes"
 MODES: Final[Mapping[str, int]] = {"plain": 6, "early": 3, "savepoint": 3, "rolled_back": 1, "several": 2}
 """How a transaction goes about it, with weights; "prepared" (2PC) is there for readings without a relay."""
@@ -95,12 +99,7 @@ class Writers:
     async def change(self, tx: outbox.Transaction, key: str) -> str:
         """Change one key and report it, in the caller's transaction."""
         identity = uuid4().hex
-        await tx.execute(
-            "with up as (update accounts set version = version + 1 where key = $1 returning version)"
-            " insert into changes (key, version, identity) select $1, version, $2 from up",
-            key,
-            identity,
-        )
+        await tx.execute(CHANGE, key, identity)
         tx.emit(self.event(key=key, identity=identity))
         return identity
 
@@ -146,10 +145,16 @@ class Writers:
                 await self.change(tx, key)
 
     async def _write_prepared(self, connection: Connection, _: random.Random, key: str) -> None:
-        name = uuid4().hex
+        """In two phases, and through SQL emit, because asyncpg does not join a transaction begun by hand."""
+        name, identity = uuid4().hex, uuid4().hex
         await connection.execute("begin")
-        async with outbox.transaction(connection) as tx:
-            await self.change(tx, key)
+        await connection.execute(CHANGE, key, identity)
+        await connection.execute(
+            "select outbox.emit('account.changed', $1, $2, jsonb_build_object('key', $2::text, 'identity', $3::text))",
+            self.topic,
+            key,
+            identity,
+        )
         await connection.execute(f"prepare transaction '{name}'")
         await connection.execute("select count(*) from accounts")
         await connection.execute(f"commit prepared '{name}'")

@@ -135,7 +135,10 @@ async def test_a_topic_that_comes_later(log_pool: Pool, broker: str, topic: str)
     words = vocabulary(topic)
     await create_table(log_pool)
     async with Consumer(log_pool, broker, words.cache, group=topic, settings=SETTINGS):
-        await create_topic(broker, topic)
+        try:
+            await create_topic(broker, topic)
+        except AssertionError as error:  # some brokers create a topic when somebody asks for it
+            assert "already" in str(error).lower() or " 36 " in str(error)  # noqa: PT017
         await produce(broker, topic, traffic(words, 10, seed=3), window=1, partitions=1)
         await applied(log_pool, 10)
 

@@ -60,7 +60,6 @@ class Folded:
         base: the row as the batch leaves it, or DELETE; None if the batch has nothing but patches.
         columns: the patched columns, where there is no base.
         last: the event that the row will show as its last; None if nothing takes effect.
-        patches: the steps behind `columns`, for when the row turns out to be missing.
         queue: the steps that wait in parking.
         fault: why the first of them does.
     """
@@ -68,7 +67,6 @@ class Folded:
     base: BaseModel | Delete | None = None
     columns: dict[str, object] = field(default_factory=dict)
     last: Step | None = None
-    patches: Sequence[Step] = ()
     queue: Sequence[Step] = ()
     fault: Fault | None = None
 
@@ -92,12 +90,11 @@ def _from_patches(steps: Sequence[Step]) -> Folded:
     folded = Folded()
     for index, step in enumerate(steps):
         if isinstance(step.effect, Fault):
-            folded.fault, folded.patches, folded.queue = step.effect, steps[:index], steps[index:]
+            folded.fault, folded.queue = step.effect, steps[index:]
             return folded
         assert isinstance(step.effect, Patch)
         folded.columns |= step.effect.columns
         folded.last = step
-    folded.patches = steps
     return folded
 
 

@@ -8,7 +8,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 from uuid import UUID
 
@@ -108,12 +107,6 @@ def event_key(handler: Handler, event: Event) -> str:
     """The key of an event, as text."""
     value = getattr(event, handler.kind.key_field)
     return str(value) if type(value) is UUID else key_text(value)
-
-
-@lru_cache(maxsize=256)
-def key_adapter(annotation: Any) -> TypeAdapter[Any]:
-    """Reads a key of one type from text."""
-    return TypeAdapter(annotation)
 
 
 def inspect_handler(function: Callable[..., Any], row: type[BaseModel], topic: str) -> list[Handler]:

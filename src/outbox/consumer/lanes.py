@@ -124,6 +124,8 @@ class Lanes:
         partitions = list(partitions)
         self._source.pause(*partitions)
         for at in partitions:
+            if (former := self._lanes.get(at)) is not None:  # assigned again without a word of its loss
+                _abandon(former)
             lane = self._lanes[at] = Lane(at)
             lane.task = asyncio.create_task(self._claim_until_running(lane), name=f"claim of {at.topic}/{at.partition}")
 
@@ -131,9 +133,7 @@ class Lanes:
         """Begin no batch any more; wait, but not for long, for those that are open. The epoch fences what remains."""
         lanes = [lane for at in partitions if (lane := self._lanes.pop(at, None))]
         for lane in lanes:
-            lane.state = State.REVOKED
-            if lane.task is not None:
-                lane.task.cancel()
+            _abandon(lane)
         try:
             async with asyncio.timeout(self._revoke_seconds):
                 for lane in lanes:
@@ -228,6 +228,8 @@ class Lanes:
                 delay = next(lane.pauses)
                 self._complain(lane, error, delay)
                 continue
+            if lane.state is State.REVOKED:
+                return
             if state is State.RUNNING:
                 # No await from here on: a fetch can only be of the position just sought.
                 assert lane.partition is not None
@@ -297,3 +299,9 @@ class Lanes:
         for at, offset in moved.items():
             if lane := self._lanes.get(at):
                 lane.committed = offset
+
+
+def _abandon(lane: Lane) -> None:
+    lane.state = State.REVOKED
+    if lane.task is not None:
+        lane.task.cancel()

@@ -11,7 +11,6 @@ here, and why:
 """
 
 import asyncio
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -25,8 +24,6 @@ from outbox.consumer.lanes import Lanes
 from outbox.consumer.record import Record
 from outbox.kafka import TopicPartition
 from outbox.settings import Settings
-
-log = logging.getLogger(__name__)
 
 _POLL_MILLISECONDS: Final = 20
 _METADATA_MAX_AGE_MILLISECONDS: Final = 5_000

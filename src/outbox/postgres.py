@@ -28,7 +28,13 @@ PostgresError: TypeAlias = asyncpg.PostgresError
 Snapshot: TypeAlias = tuple[int, int, tuple[int, ...]]
 """A pg_snapshot: xmin, xmax, and the transactions in progress between them."""
 
-CONNECTION_ERRORS: Final = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, TimeoutError)
+CONNECTION_ERRORS: Final = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a statement that crosses the server's farewell: "cannot switch to state"
+    OSError,
+    TimeoutError,
+)
 """What a lost or unusable connection raises; the effect of the statement is unknown."""
 
 FENCED: Final = "OB001"

@@ -20,6 +20,7 @@ from outbox import limits, retry
         (asyncpg.QueryCanceledError(), True, False),
         (asyncpg.ConnectionDoesNotExistError(), True, False),
         (asyncpg.InterfaceError("connection is closed"), True, False),
+        (asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"), True, False),
         (ConnectionResetError(), True, False),
         (TimeoutError(), True, False),
         (asyncpg.CheckViolationError(), False, True),

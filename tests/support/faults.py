@@ -136,10 +136,10 @@ async def eventually(
     return seen
 
 
-async def stopped(pid: int) -> None:
+async def stopped(pid: int, *, timeout_seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
     """Wait until SIGSTOP has stopped a process."""
 
     async def look() -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
-    await eventually(look, what=f"process {pid} stopped")
+    await eventually(look, what=f"process {pid} stopped", timeout_seconds=timeout_seconds)

@@ -39,6 +39,7 @@ SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
         "broker.heartbeat.interval.ms": "500",
         "auto.create.topics.enable": "false",  # a misspelt topic is a bug in the test
         "group.initial.rebalance.delay.ms": "0",
+        "group.min.session.timeout.ms": "1000",  # the default would have tests wait for killed consumers
         "offsets.topic.num.partitions": "4",
         "offsets.topic.replication.factor": "1",
         "transaction.state.log.num.partitions": "4",

@@ -32,7 +32,7 @@ PROMISED = {
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.relay", *arguments],
-        check=False, capture_output=True, text=True, cwd=ROOT, timeout=220,
+        check=False, capture_output=True, text=True, cwd=ROOT, timeout=400,
     )  # fmt: skip
 
 
@@ -52,13 +52,13 @@ def number(figures: dict[str, dict[str, object]], metric: str) -> float:
     return float(value)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_every_promised_metric_is_there_with_its_unit(figures: dict[str, dict[str, object]]) -> None:
     assert {metric: figures[metric]["unit"] for metric in PROMISED} == PROMISED
     assert all(isinstance(row["n"], int) and row["n"] > 0 for row in figures.values())
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_nothing_is_lost_repeated_or_out_of_order(figures: dict[str, dict[str, object]]) -> None:
     for metric in ("lost", "duplicates", "out_of_order", "duplicates_singly", "steady_lost", "steady_duplicates"):
         assert number(figures, metric) == 0, metric
@@ -67,7 +67,7 @@ def test_nothing_is_lost_repeated_or_out_of_order(figures: dict[str, dict[str, o
     assert number(figures, "dead_tuples_per_event") == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_values_make_sense(figures: dict[str, dict[str, object]]) -> None:
     assert number(figures, "relay_cpu_us_per_event") > 1
     assert 0 < number(figures, "commit_to_kafka_p50_ms") <= number(figures, "commit_to_kafka_p99_ms")

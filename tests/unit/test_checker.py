@@ -158,12 +158,23 @@ def test_phantom_is_also_a_record_that_we_did_not_write(foreign: TopicRecord) ->
     assert anomalies(with_records(A1, B1, A2, foreign, A3, B2)) == {Anomaly.PHANTOM: 1}
 
 
+def test_foreign_records_do_not_repeat_each_other() -> None:
+    foreign = [replace(C1, offset=offset, event_id=None, position=None, identity="foreign") for offset in (8, 9)]
+    assert anomalies(with_records(*RECORDS, *foreign)) == {Anomaly.PHANTOM: 2}
+
+
 def test_nonmonotonic() -> None:
     early, late = (
         moved(A3, offset=A2.offset, ordinal=3, position=103),
         moved(A2, offset=A3.offset, ordinal=5, position=105),
     )
     assert anomalies(with_records(A1, B1, early, C1, late, B2)) == {Anomaly.NONMONOTONIC: 1}
+
+
+def test_each_change_that_comes_late_is_nonmonotonic() -> None:
+    changes = [named("a", version, f"n{version}") for version in (1, 4, 2, 3)]
+    history = History(changes=changes, records=published(changes), partition_of=partition_of)
+    assert anomalies(history) == {Anomaly.NONMONOTONIC: 2}
 
 
 def test_a_repetition_of_an_older_change_is_not_nonmonotonic() -> None:
@@ -202,6 +213,11 @@ def test_duplicates_are_counted_and_bounded() -> None:
 def test_wrong_partition() -> None:
     strayed = moved(C1, partition=0, offset=1)
     assert anomalies(with_records(A1, B1, A2, strayed, A3, moved(B2, offset=2))) == {Anomaly.WRONG_PARTITION: 1}
+
+
+def test_wrong_partition_says_nothing_about_order() -> None:
+    strayed = moved(A2, partition=0, offset=1)
+    assert anomalies(with_records(A1, B1, strayed, C1, A3, moved(B2, offset=2))) == {Anomaly.WRONG_PARTITION: 1}
 
 
 def test_position_reused_by_another_event() -> None:

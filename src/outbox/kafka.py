@@ -217,6 +217,9 @@ async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:
             pending.reenqueue = _drop  # or a request in flight puts back what fail_all removes: a KeyError from close()
             pending.fail_all(errors.ProducerClosed())
             await producer._sender.close()  # noqa: SLF001 - stop() would flush, against a broker that may be gone
+    with contextlib.suppress(KafkaError, OSError, TimeoutError, RuntimeError, AttributeError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_SECONDS):
+            await producer.client.close()  # again: the sender may have been opening a connection all the while
     producer._closed = True  # noqa: SLF001 - or its finaliser warns
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks._faststream_app SQLALCHEMY_URL KAFKA TOPIC IDEMPOTENT(0|1)
 
 Like our relay it acknowledges a row only after all in-sync replicas have the record, compresses with lz4 and carries
-key and headers over. Its own settings for a high rate (batched terminal deletes, large claims, many workers) are the
-best of a sweep on two cores; BENCH_FASTSTREAM_WORKERS, _FETCH and _FLUSH repeat it.
+key and headers over. Its own settings for a high rate (batched terminal deletes, large claims, many workers) come from
+a sweep on two cores; BENCH_FASTSTREAM_WORKERS, _FETCH and _FLUSH repeat it.
 """
 
 import asyncio

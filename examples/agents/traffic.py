@@ -23,6 +23,17 @@ from examples.agents import agent_service
 POPULAR: Final = [uuid5(UUID(int=0), f"popular agent {number}") for number in range(20)]
 """Agents that exist from the start and that all writers of all processes change at once."""
 
+EXERCISES: Final = (
+    "created",
+    "renamed",
+    "archived in SQL",
+    "deleted",
+    "transactions rolled back",
+    "savepoints rolled back",
+    "asyncpg savepoints rolled back",
+)
+"""What must have happened for a run to say anything."""
+
 
 class ChangedMindError(Exception):
     """Raised on purpose, to have a transaction or a savepoint rolled back."""
@@ -32,7 +43,7 @@ class Traffic:
     """What one process does, and what it remembers of it."""
 
     def __init__(self, pool: outbox.Pool, name: str, seed: int) -> None:
-        self.done: Counter[str] = Counter()
+        self.done = Counter(dict.fromkeys(EXERCISES, 0))
         self.rolled_back: list[tuple[str, str, str]] = []
         """Agent, name and transaction id of every rename that was emitted and then rolled back."""
         self.events = 0

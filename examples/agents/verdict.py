@@ -186,6 +186,8 @@ def _checks(report: Report) -> RenderableType:
     table.add_row(" ", f"{verdict.committed:,}", f"events of {verdict.keys:,} agents committed")
     table.add_row(" ", f"{verdict.rolled_back:,}", "events emitted and rolled back")
     table.add_row(" ", f"{verdict.duplicates:,}", "duplicates")
+    table.add_row(" ", f"{verdict.cached:,}", "rows in the cache")
+    table.add_row(" ", f"{verdict.samples:,}", "samples taken of them meanwhile")
     published = verdict.published == verdict.committed
     table.add_row(_mark(good=published), f"{verdict.published:,}", "of the committed events published")
     for anomaly, meaning in MEANING.items():

@@ -95,40 +95,46 @@ async def nested_unit(tx: Transaction, error: Exception | None) -> None:
             raise error
 
 
-@pytest.mark.parametrize(
-    ("program", "expected"),
-    [
-        (["savepoint a", "+1", "rollback to a", "+2", "release a"], ["2"]),
-        (['savepoint "A ""b""; c"', "+1", 'rollback to "A ""b""; c"'], []),
-        (['savepoint "A"', "+1", "savepoint a", "+2", 'rollback to "A"', "+3"], ["3"]),
-        (["savepoint Ä", "+1", 'savepoint "ä"', "+2", "rollback to Ä"], []),
-        ([f"savepoint {'n' * 70}", "+1", f"rollback to {'n' * 63}"], []),
-        (["savepoint a; savepoint b", "+1", "rollback to b; release a", "+2"], ["2"]),
-        (["/* by: app */ savepoint a", "+1", "-- undo\nrollback to a"], []),
-        (["savepoint a", "+1", "select '; rollback to a'", "+2"], ["1", "2"]),
-        (["savepoint a", "+1", "select $$x; rollback to a;$$ /* ; rollback to a */", "+2"], ["1", "2"]),
-        (["savepoint a", "+1", "!select 1/0", "!release a", "rollback to a", "+2"], ["2"]),
-        (["+1", "!savepoint a; select 1/0", "rollback to a", "+2"], ["1", "2"]),
-        (["savepoint a", "+1", "savepoint a", "+2", "release a", "rollback to a", "+3"], ["3"]),
-        (["+1", "savepoint savepoint", "+2", "rollback to savepoint savepoint"], ["1"]),
-        (["savepoint a", "+1", "do $$ begin perform 1/0; exception when others then null; end $$"], ["1"]),
-    ],
-)
-async def test_h10_savepoints_by_text(any_database: str, program: list[str], expected: list[str]) -> None:
+PROGRAMS: Final[list[tuple[list[str], list[str]]]] = [
+    (["savepoint a", "+1", "rollback to a", "+2", "release a"], ["2"]),
+    (['savepoint "A ""b""; c"', "+1", 'rollback to "A ""b""; c"'], []),
+    (['savepoint "A"', "+1", "savepoint a", "+2", 'rollback to "A"', "+3"], ["3"]),
+    (["savepoint Ä", "+1", 'savepoint "ä"', "+2", "rollback to Ä"], []),
+    ([f"savepoint {'n' * 70}", "+1", f"rollback to {'n' * 63}"], []),
+    (["savepoint a; savepoint b", "+1", "rollback to b; release a", "+2"], ["2"]),
+    (["/* by: app */ savepoint a", "+1", "-- undo\nrollback to a"], []),
+    (["savepoint a", "+1", "select '; rollback to a'", "+2"], ["1", "2"]),
+    (["savepoint a", "+1", "select $$x; rollback to a;$$ /* ; rollback to a */", "+2"], ["1", "2"]),
+    (["savepoint a", "+1", "!select 1/0", "!release a", "rollback to a", "+2"], ["2"]),
+    (["+1", "!savepoint a; select 1/0", "rollback to a", "+2"], ["1", "2"]),
+    (["savepoint a", "+1", "savepoint a", "+2", "release a", "rollback to a", "+3"], ["3"]),
+    (["+1", "savepoint savepoint", "+2", "rollback to savepoint savepoint"], ["1"]),
+    (["savepoint a", "+1", "do $$ begin perform 1/0; exception when others then null; end $$"], ["1"]),
+]
+"""Texts, `+` for a row and its event, `!` for a text that fails; and what is left of them."""
+
+
+async def test_h10_savepoints_by_text(any_database: str) -> None:
     async with asyncpg.create_pool(any_database, min_size=1, max_size=1) as pool:
         await migrate.up(pool)
         await pool.execute("create table notes (nth serial, identity text)")
-        async with outbox.transaction(pool) as tx:
-            for step in program:
-                if step.startswith("+"):
-                    await note(tx, step[1:])
-                elif step.startswith("!"):
-                    with pytest.raises(asyncpg.PostgresError):
-                        await tx.execute(step[1:])
-                else:
-                    await tx.execute(step)
-        assert await committed(pool) == expected
-        assert await emitted(pool) == expected
+        for program, expected in PROGRAMS:
+            await pool.execute("delete from notes; delete from outbox.events")
+            async with outbox.transaction(pool) as tx:
+                for step in program:
+                    await perform(tx, step)
+            assert await committed(pool) == expected, program
+            assert await emitted(pool) == expected, program
+
+
+async def perform(tx: Transaction, step: str) -> None:
+    if step.startswith("+"):
+        await note(tx, step[1:])
+    elif step.startswith("!"):
+        with pytest.raises(asyncpg.PostgresError):
+            await tx.execute(step[1:])
+    else:
+        await tx.execute(step)
 
 
 async def test_h10_deep_nesting(pool: Pool) -> None:

@@ -1,6 +1,6 @@
 """A consumer in a process of its own, keeping the account cache: `python -m tests.support.follower`.
 
-Told by the environment what `Follower` was told. Ends at SIGTERM.
+Told by the environment what `follower` was told. Ends at SIGTERM.
 """
 
 import asyncio
@@ -8,62 +8,29 @@ import logging
 import os
 import signal
 import sys
-import tempfile
-from pathlib import Path
 from typing import Final
 
 import asyncpg
 
 from outbox import Consumer
-from outbox.embedded.process import ServerProcess
 from outbox.settings import Settings
 from tests.support.load import account_cache
+from tests.support.program import Program
 
-_ROOT: Final = Path(__file__).parents[2]
 _TOPIC: Final = "FOLLOWED_TOPIC"
 _CONNECTIONS: Final = 6
 SESSION_SECONDS: Final = 2.0
-READY: Final = "follower started"
 
 
-class Follower:
-    """One process that is started, killed and started again; its log goes on."""
-
-    def __init__(self, url: str, servers: str, topic: str) -> None:
-        """Nothing runs yet."""
-        self._process = ServerProcess("follower", Path(tempfile.mkdtemp(prefix="sagabox-follower-")))
-        self._environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("SAGABOX_")},
-            "DATABASE_URL": url,
-            "KAFKA_BOOTSTRAP_SERVERS": servers,
-            _TOPIC: topic,
-            "SAGABOX_SESSION_TIMEOUT_SECONDS": str(SESSION_SECONDS),
-            "PYTHONPATH": str(_ROOT),
-        }
-
-    def start(self) -> None:
-        """Start it; it works when it works."""
-        self._process.spawn([sys.executable, "-m", "tests.support.follower"], environment=self._environment)
-
-    @property
-    def running(self) -> bool:
-        """Whether it lives."""
-        return self._process.running
-
-    @property
-    def log(self) -> str:
-        """What it logged, over all its lives."""
-        return self._process.log.read_text(errors="replace")
-
-    def kill(self) -> int | None:
-        """SIGKILL; how it ended."""
-        self._process.kill()
-        return self._process.exit_status
-
-    def dispose(self) -> None:
-        """End it and remove its log."""
-        self._process.kill()
-        self._process.dispose()
+def follower(url: str, servers: str, topic: str) -> Program:
+    """A consumer that keeps the account cache in the database `url`."""
+    environment = {
+        "DATABASE_URL": url,
+        "KAFKA_BOOTSTRAP_SERVERS": servers,
+        _TOPIC: topic,
+        "SAGABOX_SESSION_TIMEOUT_SECONDS": str(SESSION_SECONDS),
+    }
+    return Program("follower", [sys.executable, "-m", "tests.support.follower"], environment)
 
 
 async def _main() -> None:
@@ -74,7 +41,7 @@ async def _main() -> None:
         Consumer(pool, settings.kafka, account_cache(os.environ[_TOPIC]), settings=settings) as consumer,
     ):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, consumer.stop)
-        logging.getLogger(__name__).info(READY)
+        logging.getLogger(__name__).info("follower started")
         await consumer.run()
 
 

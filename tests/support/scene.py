@@ -24,9 +24,10 @@ from outbox.embedded import Postgres
 from outbox.upkeep import migrate
 from tests.support.checker import Verdict
 from tests.support.faults import Fault, eventually, stopped
-from tests.support.follower import Follower
+from tests.support.follower import follower
 from tests.support.kafka_server import RealKafka, create_topic
 from tests.support.load import CACHE_TABLES, Load, applied_twice
+from tests.support.program import Program
 from tests.support.relay_process import RelayProcess, Relays
 
 PARTITIONS: Final = 4
@@ -76,11 +77,13 @@ class Scene:
     cache_pool: Pool
     rng: random.Random
     running: list[RelayProcess] = field(default_factory=list)
-    followers: list[Follower] = field(default_factory=list)
+    followers: list[Program] = field(default_factory=list)
     ended: list[RelayProcess] = field(default_factory=list)
     """Relays that ended by themselves."""
     fired: Counter[str] = field(default_factory=Counter)
     failures: int = 0
+    window_events: int = WINDOW_EVENTS
+    """What the relays were told, for the bound on duplicates."""
 
     @property
     def bootstrap(self) -> str:
@@ -262,7 +265,7 @@ class Scene:
         unsettled = await self.load.settled(self.bootstrap, self.cache_pool)
         torn = await self.load.torn()
         bugs = [relay.log[-3000:] for relay in self.ended if not _for_want_of_a_database(relay)]
-        allowed = self.failures * WINDOWS_IN_FLIGHT * WINDOW_EVENTS
+        allowed = self.failures * WINDOWS_IN_FLIGHT * self.window_events
         happened = {name: self.fired[name] for name in faults}
         happened |= {mode: self.load.happened[mode] for mode in ("plain", "rolled_back", "savepoint", "closed")}
         verdict = await self.load.verdict(self.bootstrap, self.cache_pool, duplicates_max=allowed, happened=happened)
@@ -285,7 +288,7 @@ class Scene:
     def logs(self) -> str:
         """The ends of all logs."""
         texts = [f"--- relay {relay.pid}\n{relay.log[-3000:]}" for relay in [*self.ended, *self.running]]
-        texts += [f"--- follower\n{follower.log[-3000:]}" for follower in self.followers]
+        texts += [f"--- follower\n{program.log[-3000:]}" for program in self.followers]
         return "\n".join(texts)
 
 
@@ -311,7 +314,14 @@ FAULTS: Final[dict[str, Callable[[Scene], Coroutine[Any, Any, None]]]] = {
 
 @asynccontextmanager
 async def scene(
-    servers: Servers, relays: Relays, seed: int, *, relay_count: int = 1, follower_count: int = 1, rate: float = 400.0
+    servers: Servers,
+    relays: Relays,
+    seed: int,
+    *,
+    relay_count: int = 1,
+    follower_count: int = 1,
+    key_count: int = 40,
+    rate: float = 400.0,
 ) -> AsyncIterator[Scene]:
     """Everything running on databases and a topic of its own, the load not yet."""
     name = uuid4().hex[:12]
@@ -328,14 +338,14 @@ async def scene(
         (owner_url, owner_pool), (reader_url, reader_pool) = pools
         await create_topic(servers.kafka.bootstrap_servers, topic, partitions=PARTITIONS)
         await reader_pool.execute(CACHE_TABLES)
-        load = Load(owner_pool, topic, keys=tuple(f"key-{n}" for n in range(40)), seed=seed, rate=rate)
+        load = Load(owner_pool, topic, keys=tuple(f"key-{n}" for n in range(key_count)), seed=seed, rate=rate)
         await load.set_up()
         made = Scene(servers, relays, owner_url, load, reader_pool, random.Random(seed))
         for _ in range(relay_count):
             made.start_relay()
         for _ in range(follower_count):
-            follower = Follower(reader_url, servers.kafka.bootstrap_servers, topic)
-            stack.push_async_callback(asyncio.to_thread, follower.dispose)
-            made.followers.append(follower)
-            follower.start()
+            program = follower(reader_url, servers.kafka.bootstrap_servers, topic)
+            stack.push_async_callback(asyncio.to_thread, program.dispose)
+            made.followers.append(program)
+            program.start()
         yield made

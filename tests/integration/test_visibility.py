@@ -333,10 +333,10 @@ class Rule:
 
 RULES: Final = {
     "read remembers who was in progress": Rule(
-        "read", "e.transaction_id = any ($3)\n    limit", "$3::xid8[] is null\n    limit", "lost", burst=0
+        "read", "e.transaction_id = x.id", "e.transaction_id = '1'", "lost", burst=0
     ),
     "backlog remembers who was in progress": Rule(
-        "read_backlog", "e.transaction_id = any ($3)) r", "$3::xid8[] is null) r", "lost"
+        "read_backlog", "e.transaction_id = x.id", "e.transaction_id = '1'", "lost"
     ),
     "the rest of a backlog ends at its s2": Rule(
         "read_backlog", "pg_visible_in_snapshot(r.transaction_id, $4)", "$4::pg_snapshot is not null", "duplicated"

@@ -1,5 +1,6 @@
 -- The relay's reading and logging. The hot reads touch idx_events_shard_transaction_id only: two index ranges instead of an
 -- OR, so that rows touched are the rows returned, however old the statistics and whatever is still in progress elsewhere.
+-- The list is walked (`offset 0` keeps it so) because PostgreSQL before 17 may filter a whole shard by `= any` instead.
 -- read, read_backlog and replay return the same first ten columns, in the order in which publishing unpacks them.
 
 -- name: prepare_session
@@ -30,7 +31,8 @@ select window_no, log_id, s1, s2, after_position, through_position
 with found as materialized (
     select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
     union all
-    select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)
+    select l.* from unnest($3::xid8[]) x(id)
+     cross join lateral (select * from outbox.events e where e.shard = $1 and e.transaction_id = x.id offset 0) l
     limit $4
 ), size as (
     select count(*) < $4 and sum(octet_length(f.payload)) <= $5 as fits, min(f.position) as first from found f
@@ -52,7 +54,8 @@ select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_t
        (date_part('epoch', r.created_at) * 1000)::bigint as created_at, null::pg_snapshot as s2
   from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
         union all
-        select * from outbox.events e where e.shard = $1 and e.transaction_id = any ($3)) r
+        select l.* from unnest($3::xid8[]) x(id)
+         cross join lateral (select * from outbox.events e where e.shard = $1 and e.transaction_id = x.id offset 0) l) r
  where r.position > $5 and pg_visible_in_snapshot(r.transaction_id, $4)
  order by r.position
 

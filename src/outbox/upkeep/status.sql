@@ -47,8 +47,9 @@ select count(*) as events, extract(epoch from clock_timestamp() - min(b.created_
           from (select e.position, e.transaction_id, e.created_at from outbox.events e
                  where e.shard = $1 and e.transaction_id >= $2
                 union all
-                select e.position, e.transaction_id, e.created_at from outbox.events e
-                 where e.shard = $1 and e.transaction_id = any ($3)) r
+                select l.position, l.transaction_id, l.created_at from unnest($3::xid8[]) x(id)
+                 cross join lateral (select * from outbox.events e
+                                      where e.shard = $1 and e.transaction_id = x.id offset 0) l) r
          where $4::pg_snapshot is null or r.position > $5 or not pg_visible_in_snapshot(r.transaction_id, $4)
          limit $6) b
 

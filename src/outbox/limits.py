@@ -16,8 +16,6 @@ RECORD_OVERHEAD_BYTES: Final = 512
 # One transaction.
 EMIT_MAX_EVENTS: Final = 100_000
 RECEIPT_MAX_KEYS: Final = 100
-SAVEPOINT_DOUBTS_MAX: Final = 64
-"""Ways in which interrupted savepoint statements may have gone, while one transaction lasts."""
 
 # The relay.
 WINDOW_MAX_EVENTS: Final = 2_500

@@ -7,17 +7,16 @@ Guarantees, and what a crash does to them:
   order of the writes, whichever process makes them.
 * An event belongs to the savepoint in which it was emitted. When that savepoint is rolled back, by whomever, its events
   are dropped: the buffer follows the connection's own SAVEPOINT, RELEASE and ROLLBACK TO statements. Where such a
-  statement was interrupted and it matters what became of it, nothing commits.
+  statement was interrupted, nothing commits.
 * A crash before COMMIT leaves neither rows nor events; a crash after it leaves both. There is no state in between.
 * What could never be published is refused here, while the caller can still roll back.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
@@ -77,9 +76,13 @@ def describe(event: Event, headers: Mapping[str, str] | None = None) -> Emission
 
 
 @dataclass(slots=True)
-class _Savepoint:
+class _Level:
+    """What was emitted since one savepoint, and the names that an interrupted statement may have given or taken."""
+
     name: str
     events: list[Emission] = field(default_factory=list)
+    doubts: set[str] = field(default_factory=set)
+    is_doubtful: bool = False
 
 
 class Buffer:
@@ -87,91 +90,61 @@ class Buffer:
 
     def __init__(self) -> None:
         """An empty buffer outside any savepoint."""
-        # More than one only after an interrupted statement: what PostgreSQL may have made of it.
-        self._possible: list[list[_Savepoint]] = [[_Savepoint("")]]
-        self._is_lost = False
+        self._levels = [_Level("")]
 
     def add(self, emission: Emission) -> None:
         """Keep an event at the present level."""
-        for levels in self._possible:
-            levels[-1].events.append(emission)
+        self._levels[-1].events.append(emission)
 
     def observe(self, query: str, error: BaseException | None = None) -> None:
         """Follow the savepoint statements of one query, as PostgreSQL does.
 
-        Of one that failed, PostgreSQL may have carried out the first statements; of one that was cancelled or timed
-        out, all. What follows usually tells, as nothing but ROLLBACK TO goes on after a failure.
+        A single statement that the server refused changed nothing. Of a longer text, or one that was cancelled, some
+        may have been carried out: that is in doubt until the transaction goes back behind it.
         """
         text = savepoints.read(query)
         if error is None:
-            possible = [levels for levels in self._possible if _knows(levels, text.changes)]
-            # A name that none of them knows is of a level opened before this unit of work.
-            for levels in possible:
-                _apply(levels, text.changes)
-            self._possible = possible or self._possible
+            for change in text.changes:
+                self._apply(change)
         elif text.changes and (text.statements > 1 or not isinstance(error, postgres.PostgresError)):
-            self._fork([text.changes[:n] for n in range(len(text.changes) + 1)])
+            self._levels[-1].is_doubtful = True
+            self._levels[-1].doubts |= {change.name for change in text.changes if change.kind != "rollback"}
 
-    def _fork(self, outcomes: Sequence[Sequence[savepoints.Change]]) -> None:
-        possible: list[list[_Savepoint]] = []
-        for levels, changes in product(self._possible, outcomes):
-            if _knows(levels, changes):
-                copied = [_Savepoint(level.name, list(level.events)) for level in levels]
-                _apply(copied, changes)
-                if copied not in possible:
-                    possible.append(copied)
-        if len(possible) > limits.SAVEPOINT_DOUBTS_MAX:
-            self._is_lost = True
+    def _apply(self, change: savepoints.Change) -> None:
+        if change.kind == "open":
+            self._levels.append(_Level(change.name))
+            return
+        depth = max((n for n, level in enumerate(self._levels) if level.name == change.name and n), default=0)
+        if not depth:
+            return  # of a level opened before this unit of work
+        found, above = self._levels[depth], self._levels[depth + 1 :]
+        if change.kind == "rollback":
+            # That this savepoint still exists says what became of the doubtful ones above it, unless one has its name.
+            doubts = found.doubts.union(*(level.doubts for level in above))
+            self._levels[depth:] = [_Level(found.name, [], doubts, is_doubtful=found.name in doubts)]
         else:
-            self._possible = possible
+            del self._levels[depth:]
+            below = self._levels[-1]
+            for level in (found, *above):
+                below.events += level.events
+                below.doubts |= level.doubts
+                below.is_doubtful |= level.is_doubtful
 
     def drain(self) -> list[Emission]:
         """All events that still count, in the order emitted; the buffer is empty afterwards.
 
         Raises:
-            EmitError: a savepoint statement was interrupted, and it matters what became of it.
+            EmitError: a savepoint statement was interrupted, so that nobody knows which events still count.
         """
-        events, *others = [[event for level in levels for event in level.events] for levels in self._possible]
-        if self._is_lost or any(other != events for other in others):
+        levels, self._levels = self._levels, [_Level("")]
+        events = [event for level in levels for event in level.events]
+        if events and any(level.is_doubtful for level in levels):
             raise EmitError(
                 "savepoints",
                 "a savepoint statement was interrupted, and which events still count depends on what became of it",
                 "try the whole transaction again",
             )
-        self._possible = [[_Savepoint("")]]
         return events
-
-
-def _knows(levels: list[_Savepoint], changes: Iterable[savepoints.Change]) -> bool:
-    """Whether PostgreSQL would carry out the changes: each names a savepoint that is open."""
-    names = [level.name for level in levels[1:]]
-    for change in changes:
-        if change.kind == "open":
-            names.append(change.name)
-            continue
-        if change.name not in names:
-            return False
-        while names[-1] != change.name:
-            names.pop()
-        if change.kind == "release":
-            names.pop()
-    return True
-
-
-def _apply(levels: list[_Savepoint], changes: Iterable[savepoints.Change]) -> None:
-    """Carry out changes that the levels know."""
-    for change in changes:
-        if change.kind == "open":
-            levels.append(_Savepoint(change.name))
-            continue
-        depth = max(i for i, level in enumerate(levels) if level.name == change.name and i)
-        if change.kind == "rollback":
-            del levels[depth + 1 :]
-            levels[depth].events.clear()
-        else:
-            kept = [emission for level in levels[depth:] for emission in level.events]
-            del levels[depth:]
-            levels[-1].events.extend(kept)
 
 
 class Transaction:

@@ -118,27 +118,30 @@ async def stage() -> AsyncIterator[Stage]:
     """Servers, migrated databases and the topic; on servers of your own all of it is removed afterwards."""
     async with embedded.stack() as servers:
         suffix = "" if servers.embedded_postgres else f"_demo_{uuid.uuid4().hex[:8]}"
-        names = (f"llm_agent_db{suffix}", f"workflow_db{suffix}")
-        urls = (
-            await asyncio.to_thread(servers.create_database, names[0]),
-            await asyncio.to_thread(servers.create_database, names[1]),
-        )
         async with (
+            _database(servers, f"llm_agent_db{suffix}") as (owner_url, owner),
+            _database(servers, f"workflow_db{suffix}") as (cache_url, cache),
             _topic(servers.kafka),
-            asyncpg.create_pool(urls[0], min_size=1, max_size=4) as owner,
-            asyncpg.create_pool(urls[1], min_size=1, max_size=4) as cache,
         ):
             for pool, schema in ((owner, "agent_service.sql"), (cache, "workflow_service.sql")):
                 await migrate.up(pool)
                 await pool.execute((HERE / schema).read_text())
-            set_up = Stage(servers.kafka, urls, (owner, cache), QUICK if servers.embedded_broker else {})
+            quick = QUICK if servers.embedded_broker else {}
+            set_up = Stage(servers.kafka, (owner_url, cache_url), (owner, cache), quick)
             try:
                 yield set_up
             finally:
                 await set_up.clear()
-        if not servers.embedded_postgres:
-            for name in names:
-                await asyncio.to_thread(servers.drop_database, name)
+
+
+@asynccontextmanager
+async def _database(servers: embedded.Stack, name: str) -> AsyncIterator[tuple[str, Pool]]:
+    url = await asyncio.to_thread(servers.create_database, name)
+    try:
+        async with asyncpg.create_pool(url, min_size=1, max_size=4) as pool:
+            yield url, pool
+    finally:
+        await asyncio.to_thread(servers.drop_database, name)
 
 
 @asynccontextmanager
@@ -149,7 +152,9 @@ async def _topic(kafka: str) -> AsyncIterator[None]:
         if TOPIC in await admin.list_topics():
             raise DemoError(f"the topic {TOPIC} exists on {kafka} already; the demo wants an empty one of its own")
         await admin.create_topics([NewTopic(TOPIC, PARTITIONS, 1)])
-        yield
-        await admin.delete_topics([TOPIC])
+        try:
+            yield
+        finally:
+            await admin.delete_topics([TOPIC])
     finally:
         await admin.close()

@@ -2,7 +2,7 @@
 
     python -m benchmarks._faststream_app SQLALCHEMY_URL KAFKA TOPIC IDEMPOTENT(0|1)
 
-Like our relay it acknowledges a row only after all in-sync replicas have the record, compresses with lz4 and carries
+Like our relay it acknowledges a row only after all in-sync replicas have the record, compresses with zstd and carries
 key and headers over. Its own settings for a high rate (batched terminal deletes, large claims, many workers) come from
 a sweep on two cores; BENCH_FASTSTREAM_WORKERS, _FETCH and _FLUSH repeat it.
 """
@@ -31,7 +31,7 @@ def app(url: str, kafka: str, topic: str, *, idempotent: bool) -> FastStream:
     engine = create_async_engine(url, pool_size=MAX_WORKERS + 2)
     outbox = OutboxBroker(engine, outbox_table=make_outbox_table(MetaData(), table_name="outbox"), logger=None)
     bus = KafkaBroker(
-        kafka, acks="all", compression_type="lz4", enable_idempotence=idempotent, max_batch_size=262_144, logger=None
+        kafka, acks="all", compression_type="zstd", enable_idempotence=idempotent, max_batch_size=262_144, logger=None
     )
     publisher = bus.publisher(topic)
 

@@ -85,9 +85,10 @@ BROKEN = [
 
 @pytest.mark.parametrize("broken", range(len(BROKEN)))
 def test_a_tampered_token(broken: int) -> None:
-    for look in (lambda r: r.log_id, lambda r: r.position("t", "k")):
-        with pytest.raises(ReceiptUnavailable, match="this is no receipt"):
-            look(Receipt(BROKEN[broken]))
+    with pytest.raises(ReceiptUnavailable, match="this is no receipt"):
+        _ = Receipt(BROKEN[broken]).log_id
+    with pytest.raises(ReceiptUnavailable, match="this is no receipt"):
+        Receipt(BROKEN[broken]).position("t", "k")
 
 
 @given(st.text(st.characters(), max_size=60) | st.binary(max_size=60).map(token))

@@ -6,7 +6,6 @@ stops.
 """
 
 import asyncio
-import contextlib
 import logging
 from abc import ABC, abstractmethod
 from typing import Self
@@ -32,10 +31,17 @@ class Loop(ABC):
         self._stopping.set()
 
     async def run(self) -> None:
-        """Wait until the loop ends; raises the error that ended it."""
+        """Wait until the loop ends, of itself or after `stop`; raises the error that ended it."""
         if self._task is None:
             raise RuntimeError(f"enter the context first: async with {type(self).__name__}(...) as loop")
-        await asyncio.shield(self._task)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({self._task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        await self._drain(self._task)
+        if not self._task.cancelled():
+            self._task.result()
 
     async def __aenter__(self) -> Self:
         """Start."""
@@ -46,19 +52,22 @@ class Loop(ABC):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Drain for at most the drain timeout, then cancel; at once where the caller is cancelled while it waits."""
+        """Drain; at once where the caller is cancelled while it waits."""
         assert self._task is not None
         self.stop()
         try:
-            done, _ = await asyncio.wait({self._task}, timeout=self._drain_timeout_seconds)
+            await self._drain(self._task)
         except asyncio.CancelledError:
             self._task.cancel()
             raise
+
+    async def _drain(self, task: asyncio.Task[None]) -> None:
+        """Wait for at most the drain timeout, then cancel; _report logs how it ended."""
+        done, _ = await asyncio.wait({task}, timeout=self._drain_timeout_seconds)
         if not done:
             log.warning("%s did not drain in %s s", type(self).__name__, self._drain_timeout_seconds)
-            self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # _report has logged it, run() raises it
-            await self._task
+            task.cancel()
+            await asyncio.wait({task})
 
     def _report(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

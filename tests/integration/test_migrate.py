@@ -17,6 +17,8 @@ from outbox.upkeep.scripts import split
 from tests.support.catalogue import catalogue
 
 NEWEST = len(migrate.shipped())
+WAITING = """select count(*) = 2 from pg_locks l join pg_database d on d.oid = l.database
+              where d.datname = current_database() and l.locktype = 'advisory' and not l.granted"""
 Connection = asyncpg.Connection
 
 
@@ -140,7 +142,7 @@ async def test_migrators_wait_for_each_other_and_share_the_work(any_database: st
     await migrate.SQL.lock.execute(db)
     async with asyncpg.create_pool(any_database, min_size=2, max_size=2) as pool:
         migrators = [asyncio.create_task(migrate.up(pool)) for _ in range(2)]
-        await until(db, "select count(*) = 2 from pg_locks where locktype = 'advisory' and not granted", migrators)
+        await until(db, WAITING, migrators)
         await gate.rollback()
         applied = [m for migrations in await asyncio.gather(*migrators) for m in migrations]
     assert sorted(m.number for m in applied) == list(range(1, NEWEST + 1)), "each migration was applied once"

@@ -52,6 +52,7 @@ create trigger note_application after insert or update or delete on account_cach
 """
 """`applications` holds every write of the cache in order, so a change that took effect twice shows there."""
 LOAD_MODES: Final[Mapping[str, int]] = {**MODES, "closed": 1}
+_BULK_KEYS: Final = 40
 _BEHIND_MAX_SECONDS: Final = 1.0
 _SETTLE_TIMEOUT_SECONDS: Final = 90.0
 
@@ -202,8 +203,8 @@ class Load(Writers):
             await self.change(tx, key, closed=True)
 
     async def _write_bulk(self, connection: Connection, rng: random.Random, _: str) -> None:
-        """Twenty keys in one statement, for rates that a round trip a change would not reach."""
-        keys = sorted(rng.sample(list(self.keys), k=min(20, len(self.keys))))
+        """Many keys in one statement, for rates that a round trip a change would not reach."""
+        keys = sorted(rng.sample(list(self.keys), k=min(_BULK_KEYS, len(self.keys))))
         identities = [uuid4().hex for _ in keys]
         _attempt.get([]).extend(identities)
         async with outbox.transaction(connection) as tx:

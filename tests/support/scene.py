@@ -98,7 +98,10 @@ class Scene:
 
     async def strike(self, name: str) -> None:
         """The fault of that name, once, and count it."""
-        await FAULTS[name](self)
+        try:
+            await FAULTS[name](self)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, after {dict(self.fired)}: {error}\n{self.logs()}") from error
         self.fired[name] += 1
 
     @asynccontextmanager
@@ -169,12 +172,12 @@ class Scene:
     async def kafka_freezes(self) -> None:
         """SIGSTOP of the broker until a relay has given its producer up; what it was sent before is written later."""
         self.failures += 1
+        await self._done_past(0, (await self._shard())[1], "windows done before the broker freezes")
         pid = self.servers.kafka.pid
-        given_up = "another producer goes on"
-        before = sum(relay.log.count(given_up) for relay in self.running)
+        before = self._given_up()
 
         async def look() -> bool:
-            return sum(relay.log.count(given_up) for relay in self.running) > before
+            return self._given_up() > before
 
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -182,6 +185,11 @@ class Scene:
             await eventually(look, what="a relay gives up its producer", timeout_seconds=_RECOVERY_TIMEOUT_SECONDS)
         finally:
             os.kill(pid, signal.SIGCONT)
+
+    def _given_up(self) -> int:
+        """How often relays made another producer, or began anew because of Kafka."""
+        marks = ("another producer goes on", "starting again from the log")
+        return sum(relay.log.count(mark) for relay in self.running for mark in marks)
 
     async def backends_die(self) -> None:
         """A stream of pg_terminate_backend, writers' and relays' alike, one for each few events."""

@@ -4,7 +4,9 @@ A site is a SQL statement or a Kafka call; it has two sides: before it is sent, 
 lost. One history runs through all kills of a group of sites and is compared with the truth at its end.
 """
 
+import asyncio
 import random
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Final
 from uuid import uuid4
@@ -15,10 +17,12 @@ import outbox
 from outbox import Pool, crash_sites
 from outbox.crash_sites import Side
 from outbox.relay import restore
+from tests.support.checker import Anomaly
 from tests.support.faults import Fault, eventually
+from tests.support.history import topic_reader
 from tests.support.kafka_server import create_topic
-from tests.support.relay_process import RelayProcess, Relays
-from tests.support.writers import Writers
+from tests.support.relay_process import EXIT_REFUSED, RelayProcess, Relays
+from tests.support.writers import Writers, identify
 
 pytestmark = pytest.mark.crash
 
@@ -128,8 +132,7 @@ async def test_relay_killed_at_every_site(
 ) -> None:
     """P2, P3, P4 over `kill -9` at each site of a group, both sides.
 
-    Seen red: publish before the window is logged; `done` reported before the acknowledgement; the cursor moved by an
-    empty read; `replay` that leaves windows out (see test_relay_mutants).
+    Seen red: the broken variants in the next test.
     """
     scene = Scene(log_pool, database, broker, topic, relays)
     await scene.prepare()
@@ -139,6 +142,66 @@ async def test_relay_killed_at_every_site(
     await scene.judge()
 
 
+MUTANTS_AND_FAULTS: Final[Mapping[str, tuple[Fault, set[Anomaly]]]] = {
+    "done_before_acknowledged": (Fault("kafka.send", "before", "hang"), {Anomaly.LOST}),
+    "no_replay": (Fault("kafka.send", "before"), {Anomaly.LOST}),
+    "publish_before_logged": (Fault("outbox.relay.window.log", "before"), set()),
+}
+"""Where to crash, and what the checker must find; the last is found by the successor's restore guard."""
+
+
+@pytest.mark.parametrize("rule", ["kept", "removed"])
+@pytest.mark.parametrize("mutant", MUTANTS_AND_FAULTS)
+async def test_a_relay_without_the_rule_is_found_out(
+    log_pool: Pool, database: str, broker: str, topic: str, relays: Relays, mutant: str, rule: str
+) -> None:
+    """The negative controls of the sweep: one crash, one rule less, and the checker names the anomaly.
+
+    A writer has its position and commits only after the crash, so that a window that is read again differs.
+    """
+    await create_topic(broker, topic, partitions=1)
+    writers = Writers(log_pool, topic)
+    await writers.set_up()
+    fault, expected = MUTANTS_AND_FAULTS[mutant]
+    async with log_pool.acquire() as late, outbox.transaction(late) as tx:
+        await late.execute("insert into accounts (key) values ('late')")
+        async with outbox.transaction(late) as inner:
+            await writers.change(inner, "late")
+        await writers.burst(6)
+        broken = mutant if rule == "removed" else None
+        relay = relays.start(database, broker, fault=fault, mutant=broken)
+        if fault.action == "hang":
+            await eventually(lambda: _logged(log_pool, 1), what="the first window is logged")
+            await writers.burst(6)
+            await eventually(lambda: _logged(log_pool, 2), what="the second window is logged")
+            await relay.kill()
+        assert await relay.wait() == -9, relay.log
+        assert tx
+    successor = relays.start(database, broker, mutant=broken)
+    if broken and not expected:
+        assert await successor.wait() == EXIT_REFUSED
+        return
+    await eventually(lambda: _settled(log_pool), what="the successor has done everything and idles")
+    async with topic_reader(broker, topic) as reader:
+        verdict = await writers.compare(await reader.records(identify), reader, duplicates_max=100)
+    found = {anomaly for anomaly, finding in verdict.findings.items() if finding.count}
+    assert found >= expected if broken else not found, verdict.explain()
+    assert await successor.terminate() == 0
+
+
+async def _logged(pool: Pool, number: int) -> bool:
+    return bool(await pool.fetchval("select max(window_no) >= $1 from outbox.windows", number))
+
+
+async def _settled(pool: Pool) -> bool:
+    return bool(
+        await pool.fetchval(
+            f"""select exists (select {_IDLE}) and s.done_through = (select max(window_no) from outbox.windows)
+                   and s.lease_epoch > 1 from outbox.shards s"""
+        )
+    )
+
+
 def test_every_site_of_the_relay_is_killed_at() -> None:
     """The sweep knows all sites: a new statement or call joins it by itself, if not named above."""
     assert set(SITES) | _ADOPTION | _SELDOM == {
@@ -146,3 +209,33 @@ def test_every_site_of_the_relay_is_killed_at() -> None:
     }
     assert {name for names in GROUPS.values() for name in names} == set(SITES)
     assert len(SITES) > 25
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+async def test_relay_killed_at_random_under_load(
+    log_pool: Pool, database: str, broker: str, topic: str, relays: Relays
+) -> None:
+    """Forty kills at any moment, each lease left to run out, two relays at a time, writers never waiting."""
+    scene = Scene(log_pool, database, broker, topic, relays)
+    await scene.prepare()
+    rng = random.Random(11)
+    fleet = [scene.start(), scene.start()]
+    for kill in range(40):
+        scene.writers.seed = kill
+        logged = await log_pool.fetchval("select coalesce(max(window_no), 0) from outbox.windows")
+        goal = logged + rng.randint(1, 6)
+
+        async def grown(goal: int = goal) -> bool:
+            return bool(await log_pool.fetchval("select max(window_no) >= $1 from outbox.windows", goal))
+
+        load = asyncio.create_task(scene.writers.run(writers=4, transactions=15))
+        await eventually(grown, what=f"window {goal} is logged")
+        victim = fleet.pop(rng.randrange(2))
+        await victim.kill()
+        scene.kills += 1
+        fleet.append(scene.start())
+        await load
+    for relay in fleet:
+        assert await relay.terminate() == 0, relay.log
+    await scene.judge()

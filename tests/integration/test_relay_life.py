@@ -1,7 +1,6 @@
 """A relay's life: several at once, signals, zombies, lost connections, missing topics, poison."""
 
 import asyncio
-import gc
 import signal
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -11,9 +10,7 @@ import asyncpg
 import pytest
 
 import outbox
-from outbox import Pool, Relay, crash_sites, kafka
-from outbox.crash_sites import Side
-from outbox.relay.wakeup import Wakeup
+from outbox import Pool, Relay
 from outbox.settings import Settings
 from tests.support.faults import Fault, eventually, stopped
 from tests.support.history import topic_reader
@@ -151,63 +148,6 @@ async def test_a_lost_postgresql_connection_resumes(log_pool: Pool, broker: str,
         await check(writers, broker, duplicates_max=3 * 2 * 50)
 
 
-async def test_polling_where_notifications_do_not_arrive(log_pool: Pool, broker: str, topic: str) -> None:
-    """`wakeup='poll'`, as behind PgBouncer in transaction mode: no LISTEN, no session lock, nothing notified."""
-    writers = await workload(log_pool, broker, topic)
-    async with Relay(log_pool, broker, settings=settings(wakeup="poll")):
-        for _ in range(3):
-            await writers.run(writers=2, transactions=5)
-            await check(writers, broker)
-            assert not await log_pool.fetchval(IDLE)
-    assert not await log_pool.fetchval(
-        "select exists (select from pg_stat_activity where query ilike 'listen%' and datname = current_database())"
-    )
-
-
-@pytest.mark.parametrize("rule", ["kept", "removed"])
-async def test_h8_listen_comes_before_lock_and_read(
-    log_pool: Pool, broker: str, topic: str, monkeypatch: pytest.MonkeyPatch, rule: str
-) -> None:
-    """A writer that commits between the idle relay's last read and its waiting is heard, because LISTEN came first.
-
-    The safety poll is far away, so only the notification can wake the relay. Seen red: LISTEN after lock and read (the
-    broken variant): nobody listens yet when the writer notifies.
-    """
-    writers = await workload(log_pool, broker, topic)
-    locked = False
-
-    async def commit_between_read_and_wait(site: str, side: Side) -> None:
-        nonlocal locked
-        if (site, side) == ("outbox.relay.wakeup.go_idle", "after"):
-            locked = True
-        elif locked and (site, side) == ("outbox.relay.window.read", "after"):
-            monkeypatch.setattr(crash_sites, "hook", None)
-            await writers.burst(1)
-
-    if rule == "removed":
-        listen, found_nothing = Wakeup.listen, Wakeup.found_nothing
-
-        async def no_listen(_: Wakeup) -> None:
-            return
-
-        async def late(self: Wakeup, at_most_seconds: float) -> None:
-            if self.idle:
-                await listen(self)
-            await found_nothing(self, at_most_seconds)
-
-        monkeypatch.setattr(Wakeup, "listen", no_listen)
-        monkeypatch.setattr(Wakeup, "found_nothing", late)
-    monkeypatch.setattr(crash_sites, "hook", commit_between_read_and_wait)
-    logged = sees(log_pool, "select exists (select from outbox.windows)")
-    async with Relay(log_pool, broker, settings=settings(safety_poll_seconds=600.0)):
-        await eventually(sees(log_pool, "select exists (select from changes)"), what="the writer committed in between")
-        if rule == "kept":
-            await eventually(logged, what="the relay woke")
-        else:
-            with pytest.raises(AssertionError, match="the relay woke"):
-                await eventually(logged, what="the relay woke", timeout_seconds=1.0)
-
-
 # -------------------------------------------------------------------------------------------------- topics
 
 
@@ -284,43 +224,6 @@ async def test_poison_parks_its_key_from_that_record_on(
 def big(writers: Writers, key: str) -> outbox.Event:
     """An event that fits the limit known at emit, and not the topic's."""
     return writers.event(key=key, identity=Random(1).randbytes(30_000).hex())
-
-
-# ---------------------------------------------------------------------------------------------------- P4, bloat
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # aiokafka, cancelled in a handshake
-async def test_h14_one_partition_down_while_others_go_on(log_pool: Pool, broker: str, topic: str) -> None:
-    """One partition refuses for a while: at most `windows_in_flight` windows pile up, and a restart repeats no more."""
-    writers = await workload(log_pool, broker, topic)
-    real_send = kafka.Producer.send
-    refused = 0
-    healed = asyncio.Event()
-
-    async def send(self: kafka.Producer, batch: kafka.Batch, name: str, partition: int) -> int:
-        nonlocal refused
-        if partition == 1 and not healed.is_set():
-            refused += 1
-            raise TimeoutError("injected: partition 1 is down")
-        return await real_send(self, batch, name, partition)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kafka.Producer, "send", send)
-        async with Relay(log_pool, broker, settings=settings(window_max_events=10, drain_timeout_seconds=1.0)):
-            await writers.run(writers=3, transactions=15)
-
-            async def stuck() -> bool:
-                return refused > 1
-
-            await eventually(stuck, what="partition 1 refuses")
-            in_flight = await log_pool.fetchval(
-                "select (select coalesce(max(window_no), 0) from outbox.windows) - done_through from outbox.shards"
-            )
-            assert in_flight <= 3, "two in flight, and one whose done marker is late"
-        healed.set()
-        async with Relay(log_pool, broker, settings=settings(window_max_events=10)):
-            await check(writers, broker, duplicates_max=2 * 10)
-    gc.collect()  # or another test pays for the warnings
 
 
 async def test_relaying_leaves_no_dead_tuples_in_the_log(log_pool: Pool, broker: str, topic: str) -> None:

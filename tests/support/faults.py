@@ -19,7 +19,7 @@ from outbox import crash_sites, kafka
 from outbox.crash_sites import Side
 
 T = TypeVar("T")
-Action = Literal["kill", "stop", "disconnect"]
+Action = Literal["kill", "stop", "hang", "disconnect"]
 
 WAIT_TIMEOUT_SECONDS: Final = 20.0
 _LOOK_AGAIN_SECONDS: Final = 0.01
@@ -61,6 +61,8 @@ class Injector:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang":
+                await asyncio.Event().wait()
             case "disconnect":
                 raise ConnectionResetError(f"injected: {fault}")
 

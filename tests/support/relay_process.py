@@ -25,6 +25,7 @@ from outbox.errors import RestoreDetected
 from outbox.relay import Relay
 from outbox.settings import Settings
 from tests.support.faults import Fault, Injector, eventually, refuse_keys
+from tests.support.mutants import MUTANTS
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Order:
     log_file: str
     fault: Fault | None
     refused_prefix: str | None
+    mutant: str | None
 
 
 @dataclass(slots=True)
@@ -113,12 +115,15 @@ class Relays:
         *,
         fault: Fault | None = None,
         refused_prefix: str | None = None,
+        mutant: str | None = None,
         **settings: Any,
     ) -> RelayProcess:
-        """Start a relay; `settings` go on top of `QUICK`."""
+        """Start a relay; `settings` go on top of `QUICK`, `mutant` names a rule that it breaks (see `mutants`)."""
         self._count += 1
         log_file = self._directory / f"relay-{self._count}.log"
-        order = Order(url, servers, {**QUICK, **settings}, str(self.visits_file), str(log_file), fault, refused_prefix)
+        order = Order(
+            url, servers, {**QUICK, **settings}, str(self.visits_file), str(log_file), fault, refused_prefix, mutant
+        )
         assert self._zygote.stdin is not None
         self._answered.clear()
         self._log_file = log_file
@@ -241,6 +246,8 @@ def _run(order: dict[str, Any]) -> None:
         Injector(fault, Path(order["visits_file"])).install()
         if order["refused_prefix"]:
             refuse_keys(order["refused_prefix"])
+        if order["mutant"]:
+            MUTANTS[order["mutant"]]()
         code = asyncio.run(_relay(order))
     except BaseException:
         log.exception("the relay ended")

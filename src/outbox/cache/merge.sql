@@ -9,8 +9,12 @@
 -- tombstones. Rows: one a key, at most a batch. Returns the keys of patches that found no row.
 with graves as materialized (
     -- Most caches delete nothing; the first condition is decided once and saves a probe for each key.
-    select t.key, t.log_id from outbox.tombstones t
-     where exists (select from outbox.tombstones o where o.cache = $1) and t.cache = $1 and t.key = any ($2::text[])
+    -- The list is walked because PostgreSQL before 17 may filter all tombstones of the cache by `= any` instead.
+    select t.key, t.log_id
+      from unnest($2::text[]) k(key)
+     cross join lateral (select o.key, o.log_id from outbox.tombstones o
+                          where o.cache = $1 and o.key = k.key offset 0) t
+     where exists (select from outbox.tombstones o where o.cache = $1)
 ), full_rows as materialized (
     select x.* from json_populate_recordset(null::{table}, $3::text::json) x
      where not exists (select from graves g

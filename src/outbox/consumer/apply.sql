@@ -20,6 +20,7 @@ select a.log_id, a.shard, a.window_no, a.ordinal
 -- First statement of a batch: the compare-and-swap that locks the partition's row, and the marks of what the batch
 -- applies. No row comes back if the epoch or the offset is another one: then nothing was changed.
 -- Returns the caches of $12 that have parked keys in the topic. A process that is frozen from here on loses the batch.
+-- The batch's statements are planned each time: a plan kept from when the cache was empty reads all of it later.
 -- Locks: one row of positions, at most one row of applied a log and shard; by primary keys.
 with moved as (
     update outbox.positions p set next_offset = $6, last_event_id = $7, updated_at = clock_timestamp()
@@ -36,7 +37,8 @@ with moved as (
 )
 select array(select x.parker from unnest($12::text[]) x(parker)
               where exists (select from outbox.parked_keys k where k.parker = x.parker and k.topic = $2)) as parkers,
-       set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout
+       set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout,
+       set_config('plan_cache_mode', 'force_custom_plan', true) as planning
   from moved
 
 -- name: database

@@ -18,18 +18,20 @@ Guarantees (each stands in the module that keeps it):
 import logging
 import os
 import socket
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from outbox import kafka, postgres, retry
 from outbox.cache import Cache
 from outbox.consumer.apply import Engine, Outcome
 from outbox.consumer.lanes import State
-from outbox.consumer.rebalance import Membership
 from outbox.errors import CacheDeclarationError
 from outbox.loop import Loop
 from outbox.postgres import Pool
 from outbox.settings import Settings
 from outbox.upkeep import migrate
+
+if TYPE_CHECKING:
+    from outbox.consumer.rebalance import Membership
 
 __all__ = ["Consumer", "Outcome", "State"]
 
@@ -119,6 +121,9 @@ class Consumer(Loop):
         assert self._group is not None
         pauses = retry.backoff()
         while not self._stopping.is_set():
+            # Here, so that a relay or a command does not spend memory and start-up time on FastStream.
+            from outbox.consumer.rebalance import Membership
+
             membership = Membership(self._engine, self._servers, self._group, self._topics, self._settings)
             try:
                 await membership.start()

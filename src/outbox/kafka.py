@@ -147,12 +147,14 @@ class Producer:
         if producer is None:
             raise errors.ProducerClosed
         await crash_sites.visit(_SITES["send"], "before")
+        next_sequence = _sequence(producer, TopicPartition(topic, partition))
         try:
             acknowledged = await producer.send_batch(batch, topic, partition=partition)
         except AssertionError as error:  # how aiokafka says that the topic has fewer partitions than were pinned
             raise UnknownTopicOrPartitionError(f"{topic}/{partition}") from error
-        async with asyncio.timeout(self._settings.publish_timeout_seconds):
-            metadata = await acknowledged
+        with _sequence_kept(producer, TopicPartition(topic, partition), next_sequence):
+            async with asyncio.timeout(self._settings.publish_timeout_seconds):
+                metadata = await acknowledged
         await crash_sites.visit(_SITES["send"], "after")
         return int(metadata.offset)
 
@@ -202,8 +204,32 @@ def _quiet_refusal() -> Iterator[None]:
         reports.removeFilter(others)
 
 
+def _sequence(producer: aiokafka.AIOKafkaProducer, at: TopicPartition) -> int:
+    """The number of the next record of a partition; 0 of a producer that is not idempotent."""
+    numbers = producer._txn_manager  # noqa: SLF001 - see _sequence_kept
+    return int(numbers.sequence_number(at)) if numbers is not None else 0
+
+
+@contextlib.contextmanager
+def _sequence_kept(producer: aiokafka.AIOKafkaProducer, at: TopicPartition, next_sequence: int) -> Iterator[None]:
+    """Number the next batch as the refused one was, as Java's producer does; aiokafka goes on behind it.
+
+    The broker has not counted what it refused. To it the next batch would be out of sequence, and the producer be
+    thrown away with what it has in flight to other partitions. There is one unacknowledged batch a partition, so
+    nothing has been numbered since.
+    """
+    try:
+        yield
+    except UNPUBLISHABLE:
+        numbers = producer._txn_manager  # noqa: SLF001 - no public way
+        if numbers is not None:
+            numbers.increment_sequence_number(at, next_sequence - numbers.sequence_number(at))
+        raise
+
+
 def _drop(_batch: object) -> None:
-    """Instead of sending a batch again."""
+    """Instead of putting a batch back into the queue; whoever waits for the sender's end need not wait for more."""
+    raise errors.ProducerClosed
 
 
 async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:

@@ -22,10 +22,23 @@ def thawed(real_kafka: RealKafka) -> Iterator[RealKafka]:
     os.kill(real_kafka.pid, signal.SIGCONT)
 
 
-def batch_of_one(producer: kafka.Producer) -> kafka.Batch:
+def batch_of_one(producer: kafka.Producer, value: bytes = b"v") -> kafka.Batch:
     batch = producer.batch()
-    assert batch.append(timestamp=None, key=b"k", value=b"v", headers=[]) is not None
+    assert batch.append(timestamp=None, key=b"k", value=value, headers=[]) is not None
     return batch
+
+
+async def test_a_refused_batch_leaves_the_producer_usable(real_kafka: RealKafka, topic: str) -> None:
+    """Seen red: the batch behind a refused one was out of sequence, which cost other partitions their producer."""
+    await create_topic(real_kafka.bootstrap_servers, topic, settings={"max.message.bytes": "2000"})
+    producer = kafka.Producer(real_kafka.bootstrap_servers, QUICK)
+    await producer.start()
+    for offset in range(3):
+        with pytest.raises(kafka.UNPUBLISHABLE):
+            await producer.send(batch_of_one(producer, os.urandom(4_000)), topic, 0)
+        assert await producer.send(batch_of_one(producer), topic, 0) == offset
+    assert producer.generation == 1
+    await producer.stop()
 
 
 async def test_a_producer_with_a_request_in_flight_is_discarded_and_another_one_goes_on(

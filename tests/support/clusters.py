@@ -62,4 +62,4 @@ def _run(program: str, url: str, *arguments: str, standard_input: str | None = N
         command, check=False, capture_output=True, text=True, env=environment, input=standard_input, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return str(done.stdout)

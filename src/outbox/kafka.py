@@ -18,6 +18,7 @@ from aiokafka import errors
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.partitioner import murmur2
+from aiokafka.producer.message_accumulator import BatchBuilder
 
 from outbox import crash_sites
 from outbox.settings import Settings
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 KafkaError = errors.KafkaError
 UnknownTopicOrPartitionError = errors.UnknownTopicOrPartitionError
+TopicAuthorizationFailedError = errors.TopicAuthorizationFailedError
 TopicPartition: TypeAlias = aiokafka.TopicPartition
 RebalanceListener: TypeAlias = aiokafka.ConsumerRebalanceListener
 ConsumerRecord: TypeAlias = aiokafka.ConsumerRecord
@@ -45,6 +47,7 @@ _SITES: Final = {
     for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit")
 }
 _START_TIMEOUT_SECONDS: Final = 20.0
+_NOT_COMPRESSED: Final = 0
 _ABORT_TIMEOUT_SECONDS: Final = 2.0
 
 
@@ -130,11 +133,15 @@ class Producer:
             raise
         return producer
 
-    def batch(self) -> Batch:
-        """An empty batch of the present producer."""
+    def batch(self, *, is_compressed: bool = True) -> Batch:
+        """An empty batch of the present producer; a few records are quicker sent than compressed."""
         if self._producer is None:
             raise errors.ProducerClosed
-        builder: Batch = self._producer.create_batch()
+        builder: Batch
+        if is_compressed:
+            builder = self._producer.create_batch()
+        else:
+            builder = BatchBuilder(self._settings.batch_max_bytes, _NOT_COMPRESSED)
         return builder
 
     async def send(self, batch: Batch, topic: str, partition: int) -> int:

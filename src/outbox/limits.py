@@ -45,6 +45,8 @@ LAST_RECORD_TIMEOUT_SECONDS: Final = 10.0
 """For reading the last applied record again; where it is gone, Kafka never answers."""
 COMMIT_EVERY_SECONDS: Final = 5.0
 """Between two advisory commits of offsets to Kafka."""
+BATCH_TIMEOUT_SECONDS: Final = 120.0
+"""How long one batch may take in all, waiting for a connection included, before it is read again."""
 BATCH_IDLE_SECONDS: Final = 15
 """How long a batch's transaction may stand still, in a frozen process, before PostgreSQL ends it."""
 

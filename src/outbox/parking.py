@@ -1,7 +1,7 @@
 """Parked keys as data: what waits, in which order, and why. One shape for both sides.
 
-A parker is `relay`, which parks a key that cannot be published, or the name of a consumer, which parks a key that
-cannot be applied. All later events of a parked key wait behind the first, and no other key waits.
+A parker is `relay`, which parks a key that cannot be published, or the table of a cache, whose consumer parks a key
+that cannot be applied. All later events of a parked key wait behind the first, and no other key waits.
 """
 
 from dataclasses import dataclass

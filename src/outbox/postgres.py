@@ -40,6 +40,8 @@ CONNECTION_ERRORS: Final = (
 FENCED: Final = "OB001"
 RESTORED: Final = "OB002"
 TOO_LARGE: Final = "OB010"
+UNDEFINED: Final = frozenset({"3F000", "42P01", "42883"})
+"""A schema, table or function does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +51,21 @@ class Statement:
     name: str
     text: LiteralString
 
-    async def execute(self, db: "Connection | Pool", *args: object) -> str:
+    async def execute(
+        self, db: "Connection | Pool", *args: object, timeout: float = limits.STATEMENT_TIMEOUT_SECONDS
+    ) -> str:
         """Run it for its effect; the command tag comes back."""
         await crash_sites.visit(self.name, "before")
-        status = await db.execute(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        status = await db.execute(self.text, *args, timeout=timeout)
         await crash_sites.visit(self.name, "after")
         return status
 
-    async def fetch(self, db: "Connection | Pool", *args: object) -> list[Record]:
+    async def fetch(
+        self, db: "Connection | Pool", *args: object, timeout: float = limits.STATEMENT_TIMEOUT_SECONDS
+    ) -> list[Record]:
         """All rows."""
         await crash_sites.visit(self.name, "before")
-        rows = await db.fetch(self.text, *args, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        rows = await db.fetch(self.text, *args, timeout=timeout)
         await crash_sites.visit(self.name, "after")
         return rows
 
@@ -159,6 +165,26 @@ async def acquire(db: "Pool | Connection") -> AsyncIterator["Connection"]:
             if not _left_clean(error):
                 connection.terminate()
             raise
+
+
+@asynccontextmanager
+async def transact(connection: "Connection", **options: Any) -> AsyncIterator[None]:
+    """A transaction of our own that never waits for a dead server.
+
+    After an error that the server reported it is rolled back. After any other, a cancellation included, the connection
+    is closed, which rolls back too: a ROLLBACK sent into a half-open connection would wait until TCP gives up.
+    """
+    transaction = connection.transaction(**options)
+    await transaction.start()
+    try:
+        yield
+    except BaseException as error:
+        if _left_clean(error):
+            await transaction.rollback()
+        else:
+            connection.terminate()
+        raise
+    await transaction.commit()
 
 
 @asynccontextmanager

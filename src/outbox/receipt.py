@@ -3,9 +3,10 @@
 import base64
 import binascii
 import json
+import re
 import zlib
 from collections.abc import Iterable
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from outbox import limits
 from outbox.errors import ReceiptUnavailable
@@ -47,9 +48,11 @@ class Receipt(str):
         try:
             body = json.loads(base64.urlsafe_b64decode(self + "=" * (-len(self) % 4)))
             positions = {str(digest): int(position) for digest, position in dict(body["p"]).items()}
-            parsed = {"l": str(body["l"]), "t": int(body["t"]), "p": positions}
+            parsed: dict[str, Any] = {"l": str(body["l"]), "t": int(body["t"]), "p": positions}
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, binascii.Error) as error:
             raise ReceiptUnavailable("this is no receipt: pass the value of tx.receipt unchanged") from error
+        if not _LOG_ID.fullmatch(parsed["l"]):
+            raise ReceiptUnavailable("this is no receipt: it names no log")
         if any(not 0 < position < 2**63 for position in positions.values()):
             raise ReceiptUnavailable("this is no receipt: a position is a positive bigint")
         return parsed
@@ -64,6 +67,9 @@ class Receipt(str):
         """The position of the transaction's last event for a key; None if it emitted none."""
         position: int | None = self._body()["p"].get(str(_digest(topic, key)))
         return position
+
+
+_LOG_ID: Final = re.compile(r"[0-9a-f]{1,15}-[0-9a-f]{4}")
 
 
 def _digest(topic: str, key: str) -> int:

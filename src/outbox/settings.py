@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     """How long a topic may be missing before the keys written to it are parked."""
 
     lease_seconds: Annotated[float, Field(ge=1.0)] = 4.0
-    poll_min_seconds: PositiveFloat = 0.002
+    poll_min_seconds: PositiveFloat = 0.001
     """Between two reads while there is work: shorter is quicker, and costs a read and a logged window each time."""
     poll_max_seconds: PositiveFloat = 0.010
     idle_after_seconds: PositiveFloat = 0.1

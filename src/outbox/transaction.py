@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from outbox import codec, limits, postgres, savepoints
-from outbox.errors import EmitError, ReceiptUnavailable, RecordTooLarge, TransactionClosed
+from outbox.errors import EmitError, NotMigrated, ReceiptUnavailable, RecordTooLarge, TransactionClosed
 from outbox.event import Event, check_headers, key_text, kind_of
 from outbox.postgres import Connection, Pool, Record
 from outbox.receipt import Receipt
@@ -257,7 +257,10 @@ async def _flush(connection: Connection, events: list[Emission]) -> list[Record]
         )
     except postgres.PostgresError as error:
         if error.sqlstate == postgres.TOO_LARGE:
-            raise RecordTooLarge("payload", str(error), "raise the topic's max.message.bytes or send less") from error
+            remedy = "send less, or have a larger limit entered for the topic in outbox.topics"
+            raise RecordTooLarge("payload", str(error), remedy) from error
+        if error.sqlstate in postgres.UNDEFINED:
+            raise NotMigrated("the database has no log to emit to; run: outbox migrate up") from error
         raise
 
 

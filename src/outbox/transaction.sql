@@ -7,9 +7,9 @@
 with emitted as (
     insert into outbox.events (shard, topic, key, event_id, event_type, schema_version, headers, payload)
     select outbox.shard_of(x.key, (select l.shard_count from outbox.logs l where l.is_current)),
-           x.topic, x.key, x.event_id, x.event_type, x.schema_version, x.headers,
-           outbox.fits(x.payload, x.key, x.headers, x.topic, t.max_message_bytes)
-      from unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::smallint[], $6::jsonb[], $7::bytea[])
+           x.topic, x.key, x.event_id, x.event_type, x.schema_version, x.headers::jsonb,
+           outbox.fits(x.payload, x.key, x.headers::jsonb, x.topic, t.max_message_bytes)
+      from unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::smallint[], $6::text[], $7::bytea[])
            with ordinality as x(topic, key, event_id, event_type, schema_version, headers, payload, nth)
       left join outbox.topics t on t.topic = x.topic
      order by x.nth

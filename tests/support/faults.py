@@ -105,8 +105,8 @@ def refuse_keys(prefix: str) -> Callable[[], None]:
     make_batch: Any = kafka.Producer.batch
     send: Any = kafka.Producer.send
 
-    def batch(self: kafka.Producer) -> _SuspectBatch:
-        return _SuspectBatch(make_batch(self), prefix.encode())
+    def batch(self: kafka.Producer, *, is_compressed: bool = True) -> _SuspectBatch:
+        return _SuspectBatch(make_batch(self, is_compressed=is_compressed), prefix.encode())
 
     async def checked_send(self: kafka.Producer, batch: Any, topic: str, partition: int) -> int:
         if batch.guilty:

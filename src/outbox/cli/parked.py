@@ -22,7 +22,7 @@ from outbox.settings import Settings
 app = typer.Typer(no_args_is_help=True, help="See the keys that cannot be published or applied.")
 
 Parker = Annotated[
-    str | None, typer.Option("--parker", metavar="NAME", help="Only by 'relay', or by the consumer of this name.")
+    str | None, typer.Option("--parker", metavar="NAME", help="Only by 'relay', or for the cache of this table.")
 ]
 Topic = Annotated[str | None, typer.Option("--topic", metavar="TOPIC", help="Only in this topic.")]
 Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, max=10_000, help="At most so many.")]

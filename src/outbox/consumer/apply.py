@@ -20,6 +20,7 @@ Guarantees:
 * The marks live in this process between batches: under its epoch nobody else writes them.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -181,7 +182,11 @@ class Engine:
         return _Batch(records[-1].offset + 1, event_id(records[-1]), marks, dropped, works)
 
     async def _commit(self, partition: Partition, batch: _Batch, *, careful: bool) -> Outcome:
-        async with postgres.acquire(self._pool) as connection, connection.transaction():
+        async with (
+            asyncio.timeout(limits.BATCH_TIMEOUT_SECONDS),
+            postgres.acquire(self._pool) as connection,
+            postgres.transact(connection),
+        ):
             moved = await SQL.advance.fetchrow(
                 connection,
                 self._consumer,

@@ -55,11 +55,11 @@ class State(enum.StrEnum):
 _ALARMS: Final = {
     State.RECREATED: (
         "the topic was re-created: what Kafka has at the stored position is not what was applied; if that was "
-        "intended, delete the consumer's rows of the topic from outbox.positions, and it is read from its start"
+        "intended, delete the consumer's rows of the topic from outbox.positions and restart it: the topic is read anew"
     ),
     State.NEEDS_REBUILD: (
         "Kafka has deleted records that were not applied yet, so rows may be wrong for ever: restore the rows from "
-        "their owner, then delete the consumer's rows of the topic from outbox.positions; keep records longer"
+        "their owner, delete the consumer's rows of the topic from outbox.positions and restart it; keep records longer"
     ),
 }
 

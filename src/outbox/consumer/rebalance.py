@@ -104,9 +104,11 @@ class Membership:
 
     async def stop(self) -> None:
         """Finish open batches, tell Kafka how far we are, leave the group."""
-        await self.lanes.commit()
-        await self.lanes.close()
-        await self._broker.stop()
+        try:
+            await self.lanes.commit()
+            await self.lanes.close()
+        finally:
+            await self._broker.stop()
 
     async def _handle(self, records: Any) -> None:
         await self.lanes.deliver(records)

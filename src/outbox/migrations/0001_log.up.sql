@@ -140,7 +140,7 @@ comment on column outbox.windows.horizon is 'Where the position sequence stood: 
 comment on column outbox.windows.through_position is 'Null: all of (s1, s2] after after_position; else the last position of this page of a backlog';
 
 -- ---------------------------------------------------------------------------------------------------------------
--- Parking: one shape for both sides. parker is 'relay' here and the consumer's name on the other side.
+-- Parking: one shape for both sides. parker is 'relay' here and the cache's table on the other side.
 create table outbox.parked_keys (
     parker text not null,
     topic text not null,

@@ -67,7 +67,8 @@ begin
         add column if not exists outbox_log text,
         add column if not exists outbox_position bigint,
         add column if not exists outbox_transaction_id xid8,
-        add column if not exists last_synced_at timestamptz not null default now()', cache_table);
+        add column if not exists last_synced_at timestamptz not null default now(),
+        alter column last_synced_at set default now()', cache_table);
     execute format('comment on column %s.outbox_log is %L', cache_table, 'Log of the last event applied to this row');
     execute format('comment on column %s.outbox_position is %L', cache_table, 'Position of that event in its log');
     execute format('comment on column %s.outbox_transaction_id is %L', cache_table, 'Transaction that wrote that event');

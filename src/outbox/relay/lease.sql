@@ -15,8 +15,10 @@ update outbox.shards
 returning lease_epoch
 
 -- name: renew
--- Nothing comes back when a successor has raised the epoch. Rows: 1.
+-- Nothing comes back when a successor has raised the epoch. Durable, as the grant is. Rows: 1.
+with durable as materialized (select set_config('synchronous_commit', 'on', true))
 update outbox.shards set lease_until = clock_timestamp() + make_interval(secs => $3)
+  from durable
  where shard = $1 and lease_epoch = $2
 returning lease_epoch
 

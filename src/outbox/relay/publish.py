@@ -36,6 +36,7 @@ Park = Callable[[Origin, BaseException], Awaitable[None]]
 
 _KEYS_REMEMBERED_MAX: Final = 131_072
 _BATCH_MAX_RECORDS: Final = 1_000_000
+_COMPRESSED_FROM_RECORDS: Final = 32
 
 
 @dataclass(slots=True)
@@ -211,7 +212,7 @@ class Publisher:
             except kafka.UNPUBLISHABLE as error:
                 lane.limit = await self._narrow(task, at, following, error)
             except (kafka.KafkaError, OSError, TimeoutError) as error:
-                if isinstance(error, kafka.UnknownTopicOrPartitionError):
+                if isinstance(error, kafka.UnknownTopicOrPartitionError | kafka.TopicAuthorizationFailedError):
                     missing_since = missing_since or clock.monotonic()
                     if clock.monotonic() - missing_since > self._missing_topic_seconds:
                         await self._park_all(task, at, error)
@@ -248,10 +249,10 @@ class Publisher:
 
     def _build(self, task: _Task, at: int, limit: int) -> tuple[kafka.Batch, int]:
         """A batch of the entries from `at` on, at most `limit`; the index after its last entry comes back with it."""
-        batch = self._producer.batch()
+        end = min(at + limit, len(task.entries))
+        batch = self._producer.batch(is_compressed=end - at >= _COMPRESSED_FROM_RECORDS)
         entries, prefix = task.entries, task.prefix
         append, parked, kinds = batch.append, self._parked, self._type_headers
-        end = min(at + limit, len(entries))
         for index in range(at, end):
             ordinal, row = entries[index]
             position, transaction_id, topic, key, event_id, event_type, version, users, payload, created_at, _ = row

@@ -29,6 +29,8 @@ from outbox.relay.window import Offsets
 log = logging.getLogger(__name__)
 SQL: Final = postgres.Statements("outbox", "relay/restore.sql")
 
+_ADOPTION_TIMEOUT_SECONDS: Final = limits.MIGRATION_TIMEOUT_SECONDS
+"""Its statements read, and may rewrite, every event that is still there."""
 _REMEDY: Final = "make sure that no relay runs against another copy of this database, then run: outbox adopt"
 
 
@@ -113,7 +115,12 @@ async def check_identity(connection: Connection) -> str:
 
 
 async def look_ahead(
-    connection: Connection, servers: str, partition_counts: dict[str, int], known: Offsets
+    connection: Connection,
+    servers: str,
+    partition_counts: dict[str, int],
+    known: Offsets,
+    *,
+    records_max: int | None = limits.GUARD_MAX_RECORDS,
 ) -> tuple[list[Ahead], Offsets]:
     """Records of our logs beyond the last logged windows, from `known` (or the topics' start) to the present end."""
     logged = {(row["log_id"], row["shard"]): row["window_no"] for row in await SQL.last_windows.fetch(connection)}
@@ -134,9 +141,10 @@ async def look_ahead(
                 ranges[partition] = (max(first, known.get(topic, {}).get(partition, first)), end)
             async for record in tail.read(topic, ranges):
                 read += 1
-                if read > limits.GUARD_MAX_RECORDS:
+                if records_max is not None and read > records_max:
                     raise RestoreDetected(
-                        f"over {limits.GUARD_MAX_RECORDS} records lie beyond the known offsets of {topic}: {_REMEDY}"
+                        f"over {records_max} records lie beyond the known offsets of {topic}, too many to look for "
+                        f"ours at every start (adoption looks through all of them, once); {_REMEDY}"
                     )
                 envelope = wire.envelope_of(record.headers)
                 at = envelope.position
@@ -156,17 +164,18 @@ async def adopt(pool: Pool, servers: str) -> Adoption:
         if await SQL.standby.fetchval(connection):
             raise RestoreDetected("this server is a standby: promote it first, then adopt")
         async with connection.transaction():
-            await SQL.block_emits.execute(connection)
+            await SQL.block_emits.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)
             counts = {row["topic"]: row["partition_count"] for row in await topics.SQL.known.fetch(connection)}
-            evidence, _ = await look_ahead(connection, servers, counts, await _known_offsets(connection))
+            known = await _known_offsets(connection)
+            evidence, ends = await look_ahead(connection, servers, counts, known, records_max=None)
             ids = [UUID(ahead.event_id) for ahead in evidence if ahead.event_id is not None]
-            left_out = await SQL.leave_out.fetch(connection, ids)
-            restamped = await SQL.restamp.execute(connection)
-            await SQL.settle_unfinished.execute(connection)
-            await SQL.settle_finished.execute(connection)
+            left_out = await SQL.leave_out.fetch(connection, ids, timeout=_ADOPTION_TIMEOUT_SECONDS)
+            restamped = await SQL.restamp.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)
+            await SQL.settle_unfinished.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)
+            await SQL.settle_finished.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)
             highest = max((ahead.position.position for ahead in evidence), default=0)
             opened = await SQL.open_log.fetchrow(connection, highest)
-            await SQL.restart_shards.execute(connection)
+            await SQL.restart_shards.execute(connection, json.dumps(ends))
     assert opened is not None
     adoption = Adoption(
         log_id=opened["log_id"],

@@ -12,7 +12,7 @@ select l.log_id, l.system_identifier = i.system_identifier as same_system, l.dat
 select w.log_id, w.shard, max(w.window_no) as window_no from outbox.windows w group by 1, 2
 
 -- name: next_offsets
-select shard, next_offsets from outbox.shards order by shard
+select shard, next_offsets::text from outbox.shards order by shard
 
 -- name: block_emits
 -- Waits for writers that have emitted and not committed; later ones wait for the adoption.
@@ -89,6 +89,7 @@ select outbox.open_log(r.shard_count, greatest(r.ordinal + 1, (extract(epoch fro
 -- this transaction's id: ids between the two belong to writers that are still open, and may emit once they are let in.
 update outbox.shards s
    set lease_owner = null, lease_until = null, lease_epoch = s.lease_epoch + 1,
+       next_offsets = s.next_offsets || $1::text::jsonb,
        start_position = (select q.last_value from outbox.events_position_seq q),
        start_snapshot = (
            select format('%s:%s:%s', least(pg_snapshot_xmin(n.snapshot), pg_current_xact_id()),

@@ -80,6 +80,7 @@ class Shard:
                 ended = await asyncio.gather(keeping, serving, return_exceptions=True)
             for outcome in (ended[1], ended[0]):
                 if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+                    connection.terminate()  # its locks and its LISTEN end with it, and nobody waits for a dead server
                     await self._give_up(lease)
                     raise outcome
             await lease.release(connection)
@@ -139,10 +140,10 @@ class _Tenure:
             while not self._stopping.is_set():
                 await self._step()
             await self._drain()
+            await self._wakeup.close()
         finally:
             waker.cancel()
             await self._publisher.stop()
-            await self._wakeup.close()
 
     async def _drain(self) -> None:
         """Finish what is in flight, or abandon it to the successor's replay, and persist what is done."""
@@ -206,7 +207,7 @@ class _Tenure:
                         await self._publisher.room(self._settings.windows_in_flight)
                 except TimeoutError:
                     return left
-                if self._stopping.is_set():
+                if self._stopping.is_set() or clock.monotonic() >= until:
                     return left
                 await self._log(span, rows)
                 if span.through is None:
@@ -246,15 +247,17 @@ class _Tenure:
         self._publisher.submit(Window(logged.number, logged.log_id, entries), self._topics.counts)
 
     async def _pin(self, names: set[str]) -> None:
-        """Wait for topics that Kafka does not have yet, up to the bound."""
+        """Wait for topics that Kafka does not have yet, up to the bound; look through those that are new to the log."""
         for topic in names - self._topics.counts.keys():
             await self._producer.start()
-            while await self._topics.pin(topic) is None:
+            while (count := await self._topics.pin(topic)) is None and not self._stopping.is_set():
                 if self._topics.missing_seconds(topic) > self._settings.missing_topic_seconds:
                     break
                 log.warning("topic %s does not exist: waiting for it", topic)
                 await asyncio.sleep(_MISSING_TOPIC_PAUSE_SECONDS)
                 self._lease.check()
+            if count is not None:
+                self._publisher.give_back(await restore.guard(self._connection, self._servers, {topic: count}, {}))
 
     async def _park(self, origin: Origin, error: BaseException) -> None:
         async with postgres.acquire(self._pool) as connection:
@@ -287,4 +290,4 @@ class _Tenure:
 
 
 def _missing(topic: str) -> errors.OutboxError:
-    return errors.TopicMissing(f"Kafka has no topic {topic}: create it, then retry the parked keys")
+    return errors.TopicMissing(f"Kafka has no topic {topic}: create it, or let the relay write to it")

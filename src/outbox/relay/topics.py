@@ -38,8 +38,8 @@ class Topics:
         try:
             async with asyncio.timeout(_LOOKUP_TIMEOUT_SECONDS):
                 count = await self._producer.partitions(topic)
-        except TimeoutError:
-            count = None
+        except (TimeoutError, kafka.TopicAuthorizationFailedError):
+            count = None  # to us a topic that we may not write to does not exist
         if count is None:
             self._missing_since.setdefault(topic, clock.monotonic())
             return None

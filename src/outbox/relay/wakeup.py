@@ -19,6 +19,7 @@ from outbox.settings import Settings
 
 SQL: Final = postgres.Statements("outbox", "relay/wakeup.sql")
 CHANNEL: Final = "outbox_wake"
+_CLOSE_TIMEOUT_SECONDS: Final = 2.0
 
 
 class Wakeup:
@@ -42,7 +43,8 @@ class Wakeup:
     async def close(self) -> None:
         """UNLISTEN; a connection that is gone has done so already."""
         with contextlib.suppress(*postgres.CONNECTION_ERRORS):
-            await self._connection.remove_listener(CHANNEL, self._on_notification)
+            async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
+                await self._connection.remove_listener(CHANNEL, self._on_notification)
 
     def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         if payload == str(self._shard):

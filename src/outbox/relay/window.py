@@ -138,7 +138,7 @@ async def backlog(pool: Pool, shard: int, s1: Snapshot, rest: Span | None) -> As
     """A snapshot to page through, on a connection of its own."""
     async with postgres.acquire(pool) as connection:
         await SQL.prepare_session.execute(connection)
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
+        async with postgres.transact(connection, isolation="repeatable_read", readonly=True):
             row = await SQL.begin_backlog.fetchrow(connection)
             assert row is not None
             span = rest or Span(s1, row["s2"])

@@ -1,7 +1,7 @@
 -- The relay's reading and logging. The hot reads touch idx_events_shard_transaction_id only: two index ranges instead of an
 -- OR, so that rows touched are the rows returned, however old the statistics and whatever is still in progress elsewhere.
 -- The list is walked (`offset 0` keeps it so) because PostgreSQL before 17 may filter a whole shard by `= any` instead.
--- read, read_backlog and replay return the same first ten columns, in the order in which publishing unpacks them.
+-- JSON travels as text: a service may have taught its connections another way. read, read_backlog and replay return the same first ten columns, in the order in which publishing unpacks them.
 
 -- name: prepare_session
 -- Plans must not depend on statistics: a table that was empty at the last ANALYZE may hold millions of relayed rows.
@@ -10,7 +10,7 @@ select set_config('enable_seqscan', 'off', false), set_config('plan_cache_mode',
 
 -- name: load
 -- Where to go on: one row of shards, one of logs, the newest windows by primary key.
-select s.done_through, s.start_snapshot, s.next_offsets, l.log_id, l.ordinal as log_ordinal, current_database() as source,
+select s.done_through, s.start_snapshot, s.next_offsets::text, l.log_id, l.ordinal as log_ordinal, current_database() as source,
        (select coalesce(max(w.window_no), 0) from outbox.windows w where w.shard = s.shard) as last_window_no,
        c.s1, c.s2, c.through_position
   from outbox.shards s
@@ -37,7 +37,7 @@ with found as materialized (
 ), size as (
     select count(*) < $4 and sum(octet_length(f.payload)) <= $5 as fits, min(f.position) as first from found f
 )
-select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers::text, r.payload,
        (date_part('epoch', r.created_at) * 1000)::bigint as created_at,
        case when size.fits and r.position = size.first then pg_current_snapshot() end as s2
   from found r cross join size
@@ -50,7 +50,7 @@ select pg_current_snapshot() as s2, set_config('work_mem', '64MB', true)
 
 -- name: read_backlog
 -- All of (s1, s2] after a position, for a cursor: $2 xmax(s1), $3 its list, $4 s2, $5 after. Rows: the backlog, sorted once.
-select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers, r.payload,
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers::text, r.payload,
        (date_part('epoch', r.created_at) * 1000)::bigint as created_at, null::pg_snapshot as s2
   from (select * from outbox.events e where e.shard = $1 and e.transaction_id >= $2
         union all
@@ -61,7 +61,7 @@ select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_t
 
 -- name: replay
 -- A logged window's rows but those that parking took over; ordinals count all. Rows: window_max_events.
-select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers,
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers::text,
        r.payload, (date_part('epoch', r.created_at) * 1000)::bigint as created_at, r.ordinal
   from outbox.window_rows($1, $3, $4, $5, $6) r
  where not exists (select from outbox.parked_events p
@@ -70,11 +70,11 @@ select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_t
 
 -- name: log
 -- Locks the shard row; see outbox.log_window. Rows: 1.
-select outbox.log_window($1, $2, $3, $4, $5, $6, $7, $8, $9)
+select outbox.log_window($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9)
 
 -- name: done
 -- Locks the shard row; see outbox.log_done. Rows: 1.
-select outbox.log_done($1, $2, $3, $4)
+select outbox.log_done($1, $2, $3, $4::text::jsonb)
 
 -- name: forget
 -- Done windows more than $2 behind; the newest complete one stays, because retention decides by it. By primary key.

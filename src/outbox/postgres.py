@@ -4,6 +4,7 @@ Statements live in a `.sql` file beside the module that uses them, one `-- name:
 statement is a constant of the program; values reach it as parameters only. Each is a crash site (see `crash_sites`).
 """
 
+import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -163,8 +164,14 @@ async def acquire(db: "Pool | Connection") -> AsyncIterator["Connection"]:
             yield connection
         except BaseException as error:
             if not _left_clean(error):
-                connection.terminate()
+                drop(connection)
             raise
+
+
+def drop(connection: "Connection") -> None:
+    """Close a connection without a word to the server; one that its pool has taken back already is no error."""
+    with contextlib.suppress(asyncpg.InterfaceError):
+        connection.terminate()
 
 
 @asynccontextmanager
@@ -182,7 +189,7 @@ async def transact(connection: "Connection", **options: Any) -> AsyncIterator[No
         if _left_clean(error):
             await transaction.rollback()
         else:
-            connection.terminate()
+            drop(connection)
         raise
     await transaction.commit()
 

@@ -80,7 +80,9 @@ class Shard:
                 ended = await asyncio.gather(keeping, serving, return_exceptions=True)
             for outcome in (ended[1], ended[0]):
                 if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
-                    connection.terminate()  # its locks and its LISTEN end with it, and nobody waits for a dead server
+                    postgres.drop(
+                        connection
+                    )  # its locks and its LISTEN end with it, and nobody waits for a dead server
                     await self._give_up(lease)
                     raise outcome
             await lease.release(connection)

@@ -243,7 +243,7 @@ class Scene:
         zombie.signal(signal.SIGCONT)
 
         async def look() -> bool:
-            return "ran out" in zombie.log or "taken over" in zombie.log
+            return any(word in zombie.log for word in ("ran out", "taken over", "belongs to epoch"))
 
         await eventually(look, what="the zombie sees that it is one", timeout_seconds=_RECOVERY_TIMEOUT_SECONDS)
 

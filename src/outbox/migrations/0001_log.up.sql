@@ -150,10 +150,13 @@ create table outbox.parked_keys (
     reason text not null,
     detail text not null,
     parked_at timestamptz not null default clock_timestamp(),
+    attempts integer not null default 0,
+    retry_at timestamptz,
     primary key (parker, topic, key),
     constraint parked_keys_reason_check check (octet_length(reason) between 1 and 255)
 );
 comment on table outbox.parked_keys is 'Keys set aside because one of their events cannot be published or applied';
+comment on column outbox.parked_keys.retry_at is 'When its events are tried again; null: not by itself. `outbox parked retry` sets it';
 comment on column outbox.parked_keys.reason is 'Name of the error, for grouping; detail says the rest';
 
 create table outbox.parked_events (
@@ -176,12 +179,16 @@ create table outbox.parked_events (
     headers jsonb,
     payload bytea,
     created_at timestamptz not null,
+    release_window_no bigint,
+    release_ordinal integer,
     parked_at timestamptz not null default clock_timestamp(),
+    constraint parked_events_release_check check ((release_window_no is null) = (release_ordinal is null)),
     constraint parked_events_state_check check (state in ('parked', 'released', 'discarded'))
 );
 create index idx_parked_events_parker_topic_key on outbox.parked_events (parker, topic, key, id);
 create unique index idx_parked_events_origin on outbox.parked_events (shard, window_no, ordinal) where parker = 'relay';
 comment on table outbox.parked_events is 'The events of parked keys in order, with where they came from';
+comment on column outbox.parked_events.release_window_no is 'The window of kind release that published it after all';
 comment on column outbox.parked_events.window_no is 'Origin with ordinal; a replay of that window leaves the event out';
 
 -- ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ create table outbox.positions (
     next_offset bigint not null,
     epoch bigint not null default 1,
     owner text not null,
+    state text not null default 'running',
     last_event_id text,
     updated_at timestamptz not null default clock_timestamp(),
     primary key (consumer, topic, partition),
@@ -13,6 +14,7 @@ create table outbox.positions (
     constraint positions_partition_check check (partition >= 0),
     constraint positions_next_offset_check check (next_offset >= 0),
     constraint positions_epoch_check check (epoch > 0),
+    constraint positions_state_check check (state in ('running', 'recreated', 'needs_rebuild', 'restarting')),
     constraint positions_last_event_id_check check (octet_length(last_event_id) <= 255)
 ) with (fillfactor = 50);
 comment on table outbox.positions is 'Where each consumer stands in Kafka; moved by the transaction that applies the batch, so Kafka''s own committed offset only informs';
@@ -20,6 +22,7 @@ comment on column outbox.positions.consumer is 'The consumer group';
 comment on column outbox.positions.next_offset is 'The first offset that is not applied; a batch moves it by compare-and-swap';
 comment on column outbox.positions.epoch is 'Grows with every claim; a batch of an older epoch changes nothing';
 comment on column outbox.positions.owner is 'Host and process of the last claim, for people';
+comment on column outbox.positions.state is 'recreated and needs_rebuild stand still until `outbox cache rebuild`, which sets restarting; then the partition is read from its first record on';
 comment on column outbox.positions.last_event_id is 'ce_id of the record before next_offset; another one there means that the topic was re-created';
 
 create table outbox.applied (
@@ -38,27 +41,145 @@ create table outbox.applied (
 comment on table outbox.applied is 'How far each relay''s log was applied: records at or below (window_no, ordinal) are duplicates';
 comment on column outbox.applied.window_no is 'With ordinal, the highest ob-pos applied of this log and shard; never decreases';
 
+-- Caches: one row for each table that is fed, and what is known beside its rows. They are named by the table itself, so that
+-- two generations of a cache can swap their names and take along what belongs to them.
+create table outbox.caches (
+    cache regclass primary key,
+    name text not null,
+    role text not null default 'live',
+    consumer text not null,
+    topic text not null,
+    complete_log text,
+    floor_log text,
+    floor_xid xid8,
+    updated_at timestamptz not null default clock_timestamp(),
+    constraint caches_name_check check (octet_length(name) between 1 and 127),
+    constraint caches_role_check check (role in ('live', 'spare')),
+    constraint caches_complete_log_check check (complete_log ~ '^[0-9a-f]{1,15}-[0-9a-f]{4}$'),
+    constraint caches_floor_check check ((floor_log is null) = (floor_xid is null))
+);
+create unique index idx_caches_name_role on outbox.caches (name, role);
+comment on table outbox.caches is 'Tables that consumers feed: the live one of each cache, and while it is rebuilt into a new generation a spare one';
+comment on column outbox.caches.name is 'The table as the cache is declared; the parker of its parked keys';
+comment on column outbox.caches.complete_log is 'The log of which the owner''s pages have been merged from the first key to the last; null where there was no owner';
+comment on column outbox.caches.floor_xid is 'Pages whose snapshot has a lower xmin cannot be compared any more with what was forgotten, and are read again';
+
+create table outbox.pages (
+    id bigint generated always as identity primary key,
+    cache regclass not null references outbox.caches on delete cascade,
+    log_id text not null,
+    snapshot pg_snapshot not null,
+    merged_at timestamptz not null default clock_timestamp(),
+    constraint pages_log_id_check check (log_id ~ '^[0-9a-f]{1,15}-[0-9a-f]{4}$')
+);
+create index idx_pages_cache on outbox.pages (cache);
+comment on table outbox.pages is 'Pages of the owner that were merged: what their snapshot sees is older than the rows that they wrote';
+
+create table outbox.page_ranges (
+    page_id bigint primary key references outbox.pages on delete cascade,
+    cache regclass not null references outbox.caches on delete cascade,
+    after_key text,
+    through_key text
+);
+create index idx_page_ranges_cache on outbox.page_ranges (cache);
+comment on table outbox.page_ranges is 'Keys that a page speaks for: one in the range and not in the page did not exist in its snapshot';
+comment on column outbox.page_ranges.after_key is 'Exclusive, as text of the key; null from the first key on';
+comment on column outbox.page_ranges.through_key is 'Inclusive; null to the last key';
+
 create table outbox.tombstones (
-    cache text not null,
+    cache regclass not null,
     key text not null,
     log_id text,
     position bigint,
     transaction_id xid8,
+    page_id bigint,
     deleted_at timestamptz not null default clock_timestamp(),
     primary key (cache, key),
-    constraint tombstones_cache_check check (octet_length(cache) between 1 and 255),
     constraint tombstones_log_id_check check (log_id ~ '^[0-9a-f]{1,15}-[0-9a-f]{4}$')
 );
 comment on table outbox.tombstones is 'Rows that a cache deleted, by what; the cache''s own table keeps no deleted rows, plain SQL would see them';
-comment on column outbox.tombstones.cache is 'The cache''s table, as declared';
-comment on column outbox.tombstones.log_id is 'With position and transaction_id the deleting event; null from producers without ob-pos';
+comment on column outbox.tombstones.log_id is 'With position and transaction_id the deleting event; null from producers without ob-pos, or where a page said so';
+comment on column outbox.tombstones.page_id is 'The page of the owner that did not have the key';
 
+create table outbox.rebuilds (
+    cache regclass primary key references outbox.caches on delete cascade,
+    log_id text,
+    after_key text,
+    pages bigint not null default 0,
+    rows bigint not null default 0,
+    changed bigint not null default 0,
+    removed bigint not null default 0,
+    worker text,
+    lease_until timestamptz,
+    started_at timestamptz not null default clock_timestamp(),
+    updated_at timestamptz not null default clock_timestamp(),
+    finished_at timestamptz
+);
+comment on table outbox.rebuilds is 'How far the owner''s pages were merged into a table; each page moves it in its own transaction, so that a rebuild can be resumed';
+comment on column outbox.rebuilds.after_key is 'The last key of the last page, as text';
+
+-- ---------------------------------------------------------------------------------------------------------------
+-- Freshness: the owner's relay says how far it got; a cache is as complete as the oldest of what it has applied.
+create table outbox.watermarks (
+    consumer text not null,
+    log_id text not null,
+    shard smallint not null,
+    as_of timestamptz not null,
+    shard_count smallint not null,
+    xmin xid8 not null,
+    next_offsets jsonb not null,
+    parked bigint[] not null default '{}',
+    primary key (consumer, log_id, shard, as_of),
+    constraint watermarks_log_id_check check (log_id ~ '^[0-9a-f]{1,15}-[0-9a-f]{4}$'),
+    constraint watermarks_shard_check check (shard >= 0 and shard < shard_count)
+);
+comment on table outbox.watermarks is 'Watermarks received and not applied yet, and the newest applied one of each shard; thinned';
+comment on column outbox.watermarks.next_offsets is 'Topic to partition to the offset after all that had committed by as_of';
+comment on column outbox.watermarks.parked is 'outbox.key_hash of the keys that the relay has parked';
+
+create table outbox.freshness (
+    consumer text not null,
+    topic text not null,
+    log_id text not null,
+    complete_as_of timestamptz not null,
+    xmin xid8 not null,
+    parked bigint[] not null default '{}',
+    updated_at timestamptz not null default clock_timestamp(),
+    primary key (consumer, topic)
+) with (fillfactor = 50);
+comment on table outbox.freshness is 'What a consumer has applied of a topic: everything that had committed by complete_as_of';
+comment on column outbox.freshness.complete_as_of is 'Of the owner''s clock, less the allowed clock skew';
+comment on column outbox.freshness.xmin is 'All transactions of the log below it are over and applied';
+
+create function outbox.key_hash(topic text, key text) returns bigint
+language sql immutable strict parallel safe as $$
+    select ('x' || substr(md5(topic || '/' || key), 1, 16))::bit(64)::bigint
+$$;
+comment on function outbox.key_hash is 'A key in a list of parked keys; a topic''s name has no slash';
+
+-- ---------------------------------------------------------------------------------------------------------------
 create function outbox.supersedes(p_log_id text, p_other_log_id text) returns boolean
 language sql immutable parallel safe as $$
     select p_log_id is null or p_other_log_id is null or p_log_id = p_other_log_id
         or outbox.log_ordinal(p_log_id) >= outbox.log_ordinal(p_other_log_id)
 $$;
 comment on function outbox.supersedes is 'Whether an event of the first log may replace what the second wrote: the higher ordinal wins, arrival decides within one log';
+
+create function outbox.page_order(p_log_id text, p_snapshot pg_snapshot) returns bigint[]
+language sql immutable strict parallel safe as $$
+    select array[outbox.log_ordinal(p_log_id), pg_snapshot_xmax(p_snapshot)::text::bigint,
+                 -(select count(*) from pg_snapshot_xip(p_snapshot))]
+$$;
+comment on function outbox.page_order is 'Orders pages: what an earlier one sees, a later one sees too';
+
+create function outbox.hold_caches(p_names text[]) returns oid[] language plpgsql volatile as $$
+begin
+    -- 1868724274 is 'obx2'. Batches of a cache share the lock, whoever merges a page or swaps generations has it alone.
+    -- The look comes after the lock, with a snapshot of its own.
+    perform pg_advisory_xact_lock_shared(1868724274, hashtext(n.name)) from unnest(p_names) n(name) order by n.name;
+    return array(select c.cache::oid from outbox.caches c where c.name = any (p_names) order by c.name, c.role);
+end $$;
+comment on function outbox.hold_caches is 'Called first by every batch: the tables of these caches, which stay what they are until it ends';
 
 create function outbox.prepare_cache(cache_table regclass) returns void language plpgsql volatile as $$
 begin
@@ -67,18 +188,27 @@ begin
         add column if not exists outbox_log text,
         add column if not exists outbox_position bigint,
         add column if not exists outbox_transaction_id xid8,
+        add column if not exists outbox_partition integer,
+        add column if not exists outbox_offset bigint,
+        add column if not exists outbox_page bigint,
         add column if not exists last_synced_at timestamptz not null default now(),
         alter column last_synced_at set default now()', cache_table);
     execute format('comment on column %s.outbox_log is %L', cache_table, 'Log of the last event applied to this row');
     execute format('comment on column %s.outbox_position is %L', cache_table, 'Position of that event in its log');
     execute format('comment on column %s.outbox_transaction_id is %L', cache_table, 'Transaction that wrote that event');
-    execute format('comment on column %s.last_synced_at is %L', cache_table, 'When an event was last applied to this row');
+    execute format('comment on column %s.outbox_partition is %L', cache_table, 'Kafka partition that it came from');
+    execute format('comment on column %s.outbox_offset is %L', cache_table, 'Its offset there');
+    execute format('comment on column %s.outbox_page is %L', cache_table, 'Last page of the owner that wrote this row; see outbox.pages');
+    execute format('comment on column %s.last_synced_at is %L', cache_table, 'When an event or a page was last applied to this row');
 end $$;
 comment on function outbox.prepare_cache is 'Adds the columns that a cache needs; call it in the migration that creates the table';
 
 create function outbox.unprepare_cache(cache_table regclass) returns void language plpgsql volatile as $$
 begin
     execute format('alter table %s drop column if exists outbox_log, drop column if exists outbox_position,
-        drop column if exists outbox_transaction_id', cache_table);
+        drop column if exists outbox_transaction_id, drop column if exists outbox_partition,
+        drop column if exists outbox_offset, drop column if exists outbox_page', cache_table);
+    delete from outbox.tombstones where cache = cache_table;
+    delete from outbox.caches where cache = cache_table;
 end $$;
 comment on function outbox.unprepare_cache is 'Takes back what prepare_cache added, but for last_synced_at; for the down migration of a table that stays';

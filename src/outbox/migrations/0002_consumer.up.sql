@@ -126,7 +126,7 @@ create table outbox.watermarks (
     shard smallint not null,
     as_of timestamptz not null,
     shard_count smallint not null,
-    xmin xid8 not null,
+    oldest_xid xid8 not null,
     next_offsets jsonb not null,
     parked bigint[] not null default '{}',
     primary key (consumer, log_id, shard, as_of),
@@ -142,14 +142,14 @@ create table outbox.freshness (
     topic text not null,
     log_id text not null,
     complete_as_of timestamptz not null,
-    xmin xid8 not null,
+    oldest_xid xid8 not null,
     parked bigint[] not null default '{}',
     updated_at timestamptz not null default clock_timestamp(),
     primary key (consumer, topic)
 ) with (fillfactor = 50);
 comment on table outbox.freshness is 'What a consumer has applied of a topic: everything that had committed by complete_as_of';
 comment on column outbox.freshness.complete_as_of is 'Of the owner''s clock, less the allowed clock skew';
-comment on column outbox.freshness.xmin is 'All transactions of the log below it are over and applied';
+comment on column outbox.freshness.oldest_xid is 'All transactions of the log below it are over and applied';
 
 create function outbox.key_hash(topic text, key text) returns bigint
 language sql immutable strict parallel safe as $$

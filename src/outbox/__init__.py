@@ -5,6 +5,7 @@ from outbox.consumer import Consumer
 from outbox.errors import (
     CacheDeclarationError,
     EmitError,
+    EventDeclarationError,
     OutboxError,
     ParkingFull,
     RecordTooLarge,
@@ -28,6 +29,7 @@ __all__ = [
     "Duration",
     "EmitError",
     "Event",
+    "EventDeclarationError",
     "Key",
     "OutboxError",
     "ParkingFull",

@@ -24,6 +24,26 @@ class EmitError(OutboxError, ValueError):
         self.remedy = remedy
 
 
+class EventDeclarationError(OutboxError, TypeError):
+    """An event class or one of its upcasters will not do; raised at import.
+
+    Attributes:
+        field: what is wrong: `from_version`, `upcast`.
+        problem: why it cannot be.
+        remedy: what to change.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+
+class UpcastError(OutboxError, ValueError):
+    """An event of an older version could not be brought up to date; its key is parked."""
+
+
 class RecordTooLarge(EmitError):
     """The event is larger than its topic takes."""
 

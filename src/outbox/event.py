@@ -1,7 +1,7 @@
 """What services declare: events with a topic, a type and one key field."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 from uuid import UUID
@@ -9,8 +9,9 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from outbox import limits
+from outbox import limits, upcasting
 from outbox.errors import EmitError
+from outbox.upcasting import Upcaster
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class Event(BaseModel):
     Class keywords:
         topic: Kafka topic, inherited by subclasses.
         type: name of the event on the wire; a class without one is abstract and cannot be emitted.
-        schema_version: version of the payload's shape, from 1.
+        schema_version: version of the payload's shape, from 1; see `upcast` for what older ones become.
 
     Raises:
         TypeError: at class creation, for an unknown class keyword, a second key field, or a type without topic or key.
@@ -66,6 +67,8 @@ class Event(BaseModel):
 
     __kind__: ClassVar[EventKind | None] = None
     __topic__: ClassVar[str | None] = None
+    __upcasters__: ClassVar[dict[int, Upcaster]] = {}
+    """By the version that they read."""
 
     def __init_subclass__(
         cls, *, type: str | None = None, topic: str | None = None, schema_version: int = 1, **config: Any
@@ -88,6 +91,7 @@ class Event(BaseModel):
             _check_topic(cls.__name__, topic)
             cls.__topic__ = topic
         cls.__kind__ = None
+        cls.__upcasters__ = {}
         if type is None:
             return
         keys = [name for name, field in cls.model_fields.items() if _is_key(field)]
@@ -104,6 +108,31 @@ class Event(BaseModel):
         if not 1 <= schema_version <= 32_767:
             raise TypeError(f"{cls.__name__}: schema_version must be between 1 and 32767, not {schema_version}")
         cls.__kind__ = EventKind(type=type, topic=cls.__topic__, schema_version=schema_version, key_field=keys[0])
+
+    @classmethod
+    def upcast(cls, *, from_version: int) -> Callable[[Upcaster], Upcaster]:
+        """Register how the payload of an older version becomes that of the next one.
+
+            class AgentRenamed(AgentEvent, type="agent.renamed", schema_version=2):
+                agent_name: str
+
+            @AgentRenamed.upcast(from_version=1)
+            def name_was_called_name(payload: dict[str, Any]) -> dict[str, Any]:
+                return {**payload, "agent_name": payload["name"]}
+
+        Register them where the class is declared. Upcasters of several versions are called one after the other; one
+        that raises is the fault of that event, as if a handler had. Events of a newer version than the class are read
+        as if they were of its own: unknown fields are ignored.
+
+        Raises:
+            EventDeclarationError: the class is abstract, the version is not an older one, or has an upcaster already.
+        """
+
+        def register(upcaster: Upcaster) -> Upcaster:
+            upcasting.register(cls, from_version, upcaster)
+            return upcaster
+
+        return register
 
 
 def kind_of(event_class: type[Event]) -> EventKind:

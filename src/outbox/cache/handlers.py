@@ -13,9 +13,10 @@ from uuid import UUID
 
 from pydantic import BaseModel, TypeAdapter
 
+from outbox import upcasting
 from outbox.cache.effects import DELETE, Delete, Patch
 from outbox.cache.fold import Effect, Fault
-from outbox.errors import CacheDeclarationError
+from outbox.errors import CacheDeclarationError, EventDeclarationError
 from outbox.event import Event, EventKind, key_text
 
 _HANDLER_SHAPE: Final = "write it as: def name(event: AnEvent) -> RowClass | Patch | Delete"
@@ -92,17 +93,6 @@ def call(handler: Handler, shape: Shape, event: Event, key: str) -> Effect:
         return Fault.of(error)
 
 
-def decode(handler: Handler, payload: bytes | None) -> Event | Fault:
-    """The event in a record's value."""
-    if payload is None:
-        return Fault("PayloadMissing", f"a record of type {handler.kind.type} has no value")
-    try:
-        event: Event = handler.event_class.__pydantic_validator__.validate_json(payload)
-    except Exception as error:  # noqa: BLE001 - not only bad JSON: validators of the event class are the user's code
-        return Fault.of(error)
-    return event
-
-
 def event_key(handler: Handler, event: Event) -> str:
     """The key of an event, as text."""
     value = getattr(event, handler.kind.key_field)
@@ -141,6 +131,10 @@ def _handler(name: str, function: Callable[..., Any], event_class: Any, topic: s
         raise CacheDeclarationError(f"{name}: {event_class.__name__} is abstract; name the event classes with a type")
     if kind.topic != topic:
         raise CacheDeclarationError(f"{name}: {event_class.__name__} is on topic {kind.topic}, the cache reads {topic}")
+    try:
+        upcasting.check(event_class)
+    except EventDeclarationError as error:
+        raise CacheDeclarationError(f"{name}: {error}") from error
     return Handler(event_class, kind, function)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from outbox import limits, postgres, wire
+from outbox import limits, postgres
 from outbox.cache.fold import Fault, Step
 from outbox.cache.merge import Change
 from outbox.consumer.record import Arrival, storable
@@ -74,14 +74,13 @@ async def park(connection: Connection, cache: str, topic: str, partition: int, q
 def _row(key: str, arrival: Arrival) -> tuple[object, ...]:
     at = arrival.position
     record = arrival.record
-    version = arrival.headers.get(wire.SCHEMA_VERSION_HEADER) or b"1"
     return (
         key,
         record.offset,
         *((at.log_id, at.shard, at.window, at.ordinal, at.position, str(at.transaction_id)) if at else (None,) * 6),
         _uuid(arrival.headers.get("ce_id")),
         None if arrival.event_type is None else _text(arrival.event_type),
-        int(version) if version.isdigit() and len(version) < 5 else 1,
+        arrival.schema_version,
         _json(arrival.headers),
         record.value,
         min(max(record.timestamp, 0), _CREATED_MS_MAX),

@@ -27,7 +27,7 @@ from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, ne
 from outbox.cache.merge import Change, Merge
 from outbox.consumer import parking
 from outbox.consumer.parking import Queue
-from outbox.consumer.record import Arrival, storable
+from outbox.consumer.record import Arrival, decode, storable
 from outbox.errors import EmitError
 from outbox.event import key_text
 from outbox.postgres import Connection
@@ -67,7 +67,7 @@ class Target:
                 unknown += 1
                 continue
             effect: Effect
-            event = handlers.decode(handler, arrival.record.value)
+            event = decode(arrival, handler.event_class)
             if isinstance(event, Fault):
                 key, effect = self._key_of(arrival, partition), event
             else:

@@ -6,11 +6,13 @@ that may stop a partition; a position that our own relay would not have written 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Protocol
 
-from outbox import limits, wire
+from outbox import limits, upcasting, wire
+from outbox.cache.fold import Fault
+from outbox.event import Event
 from outbox.wire import Position
 
 _LOG_ID: Final = re.compile(r"[0-9a-f]{1,15}-[0-9a-f]{4}")
@@ -53,6 +55,9 @@ class Arrival:
     headers: Mapping[str, bytes | None]
     event_type: str | None
     position: Position | None
+    schema_version: int = 1
+    events: dict[type[Event], Event | Fault] = field(default_factory=dict)
+    """What `decode` made of it, by class."""
 
 
 def arrival(record: Record) -> Arrival:
@@ -60,12 +65,37 @@ def arrival(record: Record) -> Arrival:
     headers = dict(record.headers)
     event_type = headers.get(_TYPE)
     position = headers.get(wire.POSITION_HEADER)
+    version = headers.get(wire.SCHEMA_VERSION_HEADER)
     return Arrival(
         record,
         headers,
         None if event_type is None else _type_text(event_type),
         None if position is None else read_position(position),
+        1 if version is None else _version(version),
     )
+
+
+def decode(found: Arrival, event_class: type[Event]) -> Event | Fault:
+    """The event in a record's value; decoded once, however many caches and inboxes take it. Never raises."""
+    event = found.events.get(event_class)
+    if event is None:
+        event = found.events[event_class] = _decode(found, event_class)
+    return event
+
+
+def _decode(found: Arrival, event_class: type[Event]) -> Event | Fault:
+    kind = event_class.__kind__
+    assert kind is not None
+    payload = found.record.value
+    if payload is None:
+        return Fault("PayloadMissing", f"a record of type {kind.type} has no value")
+    try:
+        if found.schema_version < kind.schema_version:
+            payload = upcasting.upcast(event_class, kind, found.schema_version, payload)
+        event: Event = event_class.__pydantic_validator__.validate_json(payload)
+    except Exception as error:  # noqa: BLE001 - not only bad JSON: validators of the event class are the user's code
+        return Fault.of(error)
+    return event
 
 
 def read_position(header: bytes) -> Position | None:
@@ -91,6 +121,12 @@ def _origin(head: bytes) -> tuple[str, int, int] | None:
         return None
     storable = 0 <= at.shard <= _INT16_MAX and 0 <= at.window <= _INT64_MAX
     return (at.log_id, at.shard, at.window) if storable else None
+
+
+@lru_cache(maxsize=256)
+def _version(text: bytes) -> int:
+    """A schema version; 1 where the header holds none that could be stored."""
+    return int(text) if text.isdigit() and len(text) <= 5 and 1 <= int(text) <= _INT16_MAX else 1
 
 
 @lru_cache(maxsize=1024)

@@ -1,1 +1,1 @@
-"""What the relay costs and how fast it is, measured next to its limits and its peers; see docs/benchmarks.md."""
+"""What relay and consumer cost and how fast they are, next to their limits and peers; see docs/benchmarks.md."""

@@ -20,7 +20,10 @@ class Plan:
     backlog_small: int = 100_000
     backlog_large: int = 1_000_000
     peer_events: int = 40_000
+    plain_events: int = 10_000
     debezium_events: int = 2_000_000
+    keys_few: int = 10_000
+    keys_many: int = 100_000
     warm_up_events: int = 2_000
     rate: int = 2_000
     warm_up_seconds: float = 5.0
@@ -39,6 +42,9 @@ class Plan:
             backlog_small=4_000,
             backlog_large=12_000,
             peer_events=400,
+            plain_events=400,
+            keys_few=100,
+            keys_many=4_000,
             warm_up_events=200,
             rate=200,
             warm_up_seconds=0.5,

@@ -1,21 +1,16 @@
 """`python -m benchmarks.relay`: what the relay costs and how fast it is, next to its limits and its peers."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
-import psutil
 import typer
 from rich.console import Console
 
-from benchmarks import backlog, emitting, latency, peer_debezium, peer_faststream, servers
+from benchmarks import backlog, command, emitting, latency, peer_debezium, peer_faststream, servers
 from benchmarks.plan import Bench, Plan
-from benchmarks.processes import ProcessFailedError
-from benchmarks.real_kafka import UnavailableError
 from benchmarks.report import Report
-from outbox.embedded import EmbeddedServerError
 
 _EPILOG: Final = """
 [b]Examples[/b]
@@ -27,8 +22,6 @@ python -m benchmarks.relay --debezium --only debezium\n
 python -m benchmarks.relay --quick
 """
 _DEFAULTS: Final = Plan()
-_PLAIN_WIDTH: Final = 120
-_QUIET_PERCENT: Final = 10.0
 
 
 class Part(StrEnum):
@@ -59,7 +52,7 @@ _PARTS: Final[dict[Part, Callable[[Bench], Awaitable[None]]]] = {
 async def measure(parts: list[Part], plan: Plan, report: Report, console: Console, *, kafka: bool) -> None:
     """All parts, one after the other, on servers of their own."""
     debezium = Part.DEBEZIUM in parts
-    await _other_load(report)
+    await command.other_load(report)
     with servers.running(real_kafka=kafka, logical=debezium) as running:
         bench = Bench(running, plan, report, console)
         with bench.progress:
@@ -67,15 +60,8 @@ async def measure(parts: list[Part], plan: Plan, report: Report, console: Consol
                 await backlog.warm_up_broker(bench)
             for part in parts:
                 await _PARTS[part](bench)
-    await _other_load(report)
-    if report["other_cpu_percent"] > _QUIET_PERCENT:
-        console.print("[yellow]Other programs kept this machine busy: trust CPU an event, not rates or latency.[/]")
-
-
-async def _other_load(report: Report) -> None:
-    """How busy the machine is without us, before and after."""
-    report.section("Machine")
-    report.add("other_cpu_percent", await asyncio.to_thread(psutil.cpu_percent, 2.0), "%", 2)
+    await command.other_load(report)
+    command.warn_of_noise(report, console)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -101,18 +87,10 @@ def main(
     plan = Plan(events=events, repeat=repeat)
     plan = plan.quick() if quick else plan
     parts = [part for part in _PARTS if part in (only or _PARTS) and (debezium or part is not Part.DEBEZIUM)]
-    console, report = Console(), Report()
-    if not console.is_terminal:
-        console = Console(width=_PLAIN_WIDTH)
-    try:
-        asyncio.run(measure(parts, plan, report, console, kafka=kafka or debezium))
-    except (EmbeddedServerError, ProcessFailedError, TimeoutError, UnavailableError) as error:
-        Console(stderr=True).print(f"[bold red]stopped:[/] {error}")
-        raise typer.Exit(1) from error
-    finally:
-        if json_file is not None:
-            report.write(json_file)
-        report.show(console, "Medians" + (" of small sizes: not a result" if quick else ""))
+    console, report = command.console(), Report()
+    title = "Medians" + (" of small sizes: not a result" if quick else "")
+    measurement = measure(parts, plan, report, console, kafka=kafka or debezium)
+    command.finish(measurement, report, console, json_file, title)
 
 
 if __name__ == "__main__":

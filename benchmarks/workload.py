@@ -59,12 +59,12 @@ WAKE: Final = "select outbox.wake(0::smallint)"  # as every emit does; without i
 LOAD_SINGLY: Final = "call bench.load_singly($1, $2, $3)"
 
 
-def renamed(number: int) -> AgentRenamed:
-    """One event of the same size as the ones made in the database."""
-    key = f"{number % KEYS:032x}"
+def renamed(number: int, keys: int = KEYS) -> AgentRenamed:
+    """One event of the same size as the ones made in the database, of so many keys in turn."""
+    key = f"{number % keys:032x}"
     return AgentRenamed(
         agent_id=f"{key[:8]}-{key[8:12]}-{key[12:16]}-{key[16:20]}-{key[20:]}",
-        agent_name=f"Agent {number % KEYS}",
+        agent_name=f"Agent {number % keys}",
         instructions=f"{number * 2_654_435_761 % 2**128:032x} {number * 40_503 % 2**128:032x}",
         version=number,
         model=f"model-{number % 7}",

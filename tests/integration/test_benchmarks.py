@@ -1,4 +1,4 @@
-"""The benchmark runs, at a size that proves nothing about speed, and writes every metric that it promises."""
+"""The benchmarks run, at a size that proves nothing about speed, and write every metric that they promise."""
 
 import json
 import subprocess
@@ -28,18 +28,36 @@ PROMISED = {
     "idle_first_event_ms": "ms",
 }
 
+PROMISED_OF_CONSUMERS = {
+    "cache_events_per_second": "events/s",
+    "cache_cpu_us_per_event": "us",
+    "cache_many_keys_events_per_second": "events/s",
+    "cache_many_keys_cpu_us_per_event": "us",
+    "upsert_floor_rows_per_second": "rows/s",
+    "plain_handler_events_per_second": "events/s",
+}
 
-def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+
+def benchmark(*arguments: str, module: str = "relay") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.relay", *arguments],
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
         check=False, capture_output=True, text=True, cwd=ROOT, timeout=400,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    done = benchmark("--quick", "--json", str(file))
+    return measured("relay", tmp_path_factory.mktemp("benchmark"))
+
+
+@pytest.fixture(scope="module")
+def of_consumers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    return measured("cache", tmp_path_factory.mktemp("benchmark"))
+
+
+def measured(module: str, directory: Path) -> dict[str, dict[str, object]]:
+    file = directory / "figures.json"
+    done = benchmark("--quick", "--json", str(file), module=module)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())
     assert all(row.keys() == {"metric", "value", "unit", "n"} for row in rows)
@@ -77,13 +95,31 @@ def test_values_make_sense(figures: dict[str, dict[str, object]]) -> None:
     assert number(figures, "window_query_rows_per_second") > number(figures, "relay_events_per_second")
 
 
-def test_help_has_examples() -> None:
-    done = benchmark("--help")
+@pytest.mark.timeout(420)
+def test_consumers_every_promised_metric_is_there_with_its_unit(of_consumers: dict[str, dict[str, object]]) -> None:
+    assert {metric: of_consumers[metric]["unit"] for metric in PROMISED_OF_CONSUMERS} == PROMISED_OF_CONSUMERS
+    assert all(isinstance(row["n"], int) and row["n"] > 0 for row in of_consumers.values())
+
+
+@pytest.mark.timeout(420)
+def test_consumers_values_make_sense(of_consumers: dict[str, dict[str, object]]) -> None:
+    assert number(of_consumers, "cache_cpu_us_per_event") > 1
+    assert number(of_consumers, "plain_handler_cpu_us_per_event") > number(of_consumers, "cache_cpu_us_per_event")
+    assert number(of_consumers, "plain_handler_events_per_second") < number(of_consumers, "cache_events_per_second")
+    assert number(of_consumers, "upsert_floor_rows_per_second") > number(
+        of_consumers, "cache_many_keys_events_per_second"
+    )
+
+
+@pytest.mark.parametrize("module", ["relay", "cache"])
+def test_help_has_examples(module: str) -> None:
+    done = benchmark("--help", module=module)
     assert done.returncode == 0
     assert "--json figures.json" in done.stdout
 
 
-def test_an_unknown_part_is_refused() -> None:
-    done = benchmark("--only", "everything")
+@pytest.mark.parametrize("module", ["relay", "cache"])
+def test_an_unknown_part_is_refused(module: str) -> None:
+    done = benchmark("--only", "everything", module=module)
     assert done.returncode == 2
     assert "everything" in done.stderr

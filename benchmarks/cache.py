@@ -1,0 +1,79 @@
+"""`python -m benchmarks.cache`: what a consumer costs and how fast it is, next to its floor and to a plain handler."""
+
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from benchmarks import backlog, caching, command, servers
+from benchmarks.plan import Bench, Plan
+from benchmarks.report import Report
+
+_EPILOG: Final = """
+[b]Examples[/b]
+
+python -m benchmarks.cache\n
+python -m benchmarks.cache --json figures.json --repeat 5\n
+python -m benchmarks.cache --kafka --only cache\n
+python -m benchmarks.cache --quick
+"""
+_DEFAULTS: Final = Plan()
+
+
+class Part(StrEnum):
+    """What can be measured by itself."""
+
+    CACHE = "cache"
+    PLAIN = "plain"
+
+
+_PARTS: Final[dict[Part, Callable[[Bench], Awaitable[None]]]] = {
+    Part.CACHE: caching.throughput,
+    Part.PLAIN: caching.plain,
+}
+
+
+async def measure(parts: list[Part], plan: Plan, report: Report, console: Console, *, kafka: bool) -> None:
+    """All parts, one after the other, on servers of their own."""
+    await command.other_load(report)
+    with servers.running(real_kafka=kafka, logical=False) as running:
+        bench = Bench(running, plan, report, console)
+        with bench.progress:
+            if kafka:
+                await backlog.warm_up_broker(bench)
+            for part in parts:
+                await _PARTS[part](bench)
+    await command.other_load(report)
+    command.warn_of_noise(report, console)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(epilog=_EPILOG)
+def main(
+    *,
+    events: Annotated[int, typer.Option(help="Events in the topic.", min=1_000)] = _DEFAULTS.events,
+    repeat: Annotated[int, typer.Option(help="Repetitions of each rate; medians are shown.", min=1)] = _DEFAULTS.repeat,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    kafka: Annotated[bool, typer.Option("--kafka", help="Apache Kafka instead of the embedded broker.")] = False,
+    only: Annotated[list[Part] | None, typer.Option(help="Measure this part; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes, no result.")] = False,
+) -> None:
+    """Measure a consumer: events of about 200 bytes from Kafka into a cache; the upsert alone; a plain handler.
+
+    Servers are started for the run, or taken from DATABASE_URL and KAFKA_BOOTSTRAP_SERVERS.
+    """
+    plan = Plan(events=events, repeat=repeat)
+    plan = plan.quick() if quick else plan
+    parts = [part for part in _PARTS if part in (only or _PARTS)]
+    console, report = command.console(), Report()
+    title = "Medians" + (" of small sizes: not a result" if quick else "")
+    command.finish(measure(parts, plan, report, console, kafka=kafka), report, console, json_file, title)
+
+
+if __name__ == "__main__":
+    app()

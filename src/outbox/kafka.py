@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, Self, TypeAlias
 
 import aiokafka
 from aiokafka import errors
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.partitioner import murmur2
 from aiokafka.producer.message_accumulator import BatchBuilder
@@ -44,10 +44,11 @@ UNPUBLISHABLE: Final = (
 
 _SITES: Final = {
     name: crash_sites.register(f"kafka.{name}")
-    for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit")
+    for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit", "create")
 }
 _START_TIMEOUT_SECONDS: Final = 20.0
 _NOT_COMPRESSED: Final = 0
+_REPLICAS_MAX: Final = 3
 _ABORT_TIMEOUT_SECONDS: Final = 2.0
 
 
@@ -72,11 +73,11 @@ class Batch(Protocol):
 class Producer:
     """A producer that is rebuilt when it is finished, idempotent where the broker can."""
 
-    def __init__(self, servers: str, settings: Settings) -> None:
-        """A producer for `servers`; connects on first use."""
+    def __init__(self, servers: str, settings: Settings, *, idempotent: bool = True) -> None:
+        """A producer for `servers`; connects on first use. Idempotent where that is wanted and the broker can."""
         self._servers = servers
         self._settings = settings
-        self._idempotent: bool | None = None
+        self._idempotent: bool | None = None if idempotent else False
         self._producer: aiokafka.AIOKafkaProducer | None = None
         self.generation = 0
         """Counts producers, so that only its own failure throws one away."""
@@ -315,6 +316,31 @@ class Tail:
                 if await self._consumer.position(partition) >= open_ends[partition]:
                     del open_ends[partition]
                     self._consumer.pause(partition)
+
+
+async def create_compacted(servers: str, topic: str) -> None:
+    """Create a topic of one partition that keeps the newest record of each key, unless it exists.
+
+    Raises:
+        KafkaError, OSError, TimeoutError: it could not be created.
+    """
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    refused: list[tuple[type[Exception], str]] = []
+    await crash_sites.visit(_SITES["create"], "before")
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_SECONDS):
+            await admin.start()
+            if topic not in await admin.list_topics():
+                replicas = min(len((await admin.describe_cluster())["brokers"]), _REPLICAS_MAX)
+                wanted = NewTopic(topic, 1, replicas, topic_configs={"cleanup.policy": "compact"})
+                answer = await admin.create_topics([wanted])
+                refused = [(errors.for_code(code), name) for name, code, *_ in answer.topic_errors if code]
+    finally:
+        await admin.close()
+    await crash_sites.visit(_SITES["create"], "after")
+    for error, name in refused:
+        if error is not errors.TopicAlreadyExistsError:
+            raise error(f"creating topic {name}")
 
 
 async def max_message_bytes(servers: str, topic: str) -> int | None:

@@ -28,6 +28,8 @@ BACKLOG_MAX_SECONDS: Final = 60.0
 """How long one snapshot is paged through before another one goes on: an old snapshot keeps VACUUM from its work."""
 GUARD_MAX_RECORDS: Final = 10_000_000
 """Records read by the restore guard before it gives up loudly."""
+WATERMARK_MAX_PARKED: Final = 1_000
+"""Parked keys that a watermark names; while a shard has more, its caches do not get fresher."""
 
 # Consumers.
 CONSUMER_MAX_RECORDS: Final = 4_000

@@ -44,6 +44,13 @@ class Settings(BaseSettings):
     wakeup: Literal["listen", "poll"] = "listen"
     """`poll` where the relay has no direct connection, as behind PgBouncer in transaction mode."""
 
+    watermark_topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] = "outbox.watermarks"
+    """Where relays say how far they got, and consumers hear it: one name for all services that read each other."""
+    watermark_seconds: PositiveFloat = 1.0
+    """Between two watermarks of a shard; caches are known to be fresh at best to this."""
+    max_clock_skew_seconds: Annotated[float, Field(ge=0.0)] = 0.5
+    """By how much the clocks of an owner's database and of a cache's may differ; a cache counts as this much older."""
+
     session_timeout_seconds: Annotated[float, Field(ge=1.0, le=300.0)] = limits.SESSION_TIMEOUT_SECONDS
     """How long the brokers wait for a silent consumer before others get its partitions."""
     fetch_wait_seconds: Annotated[float, Field(ge=0.001, le=5.0)] = limits.FETCH_WAIT_SECONDS

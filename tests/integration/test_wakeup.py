@@ -138,8 +138,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 @asynccontextmanager
 async def relaying(pool: Pool, broker: str, **settings: Any) -> AsyncIterator[None]:
-    """A relay whose safety poll is an hour away, if not said otherwise."""
-    chosen = {"safety_poll_seconds": HOUR, "idle_after_seconds": 0.02, "lease_seconds": 4.0, **settings}
+    """A relay whose safety poll is an hour away, if not said otherwise; its second watermark, a day."""
+    chosen = {"safety_poll_seconds": HOUR, "watermark_seconds": 24 * HOUR, "idle_after_seconds": 0.02,
+              "lease_seconds": 4.0, **settings}  # fmt: skip
     async with Relay(pool, broker, settings=Settings(**chosen)) as relay:
         yield
         relay.stop()

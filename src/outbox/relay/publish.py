@@ -79,6 +79,8 @@ class Publisher:
         """Window number to lanes that are not through with it."""
         self._last = 0
         self._next_offsets: Offsets = {}
+        self.offsets: Offsets = {}
+        """The next offset of every partition ever published to, by earlier tenures too."""
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._interrupted = False
@@ -86,9 +88,10 @@ class Publisher:
 
     # -------------------------------------------------------------------------------------------- progress
 
-    def begin(self, done_through: int) -> None:
-        """Start counting after the windows that earlier tenures finished."""
+    def begin(self, done_through: int, offsets: Offsets) -> None:
+        """Go on after the windows that earlier tenures finished, and the offsets that they reached."""
         self._last = done_through
+        self.offsets = {topic: dict(by_partition) for topic, by_partition in offsets.items()}
 
     @property
     def done_through(self) -> int:
@@ -105,10 +108,14 @@ class Publisher:
         changed, self._next_offsets = self._next_offsets, {}
         return Progress(self.done_through, changed)
 
-    def give_back(self, offsets: Offsets) -> None:
-        """Keep offsets that were not persisted."""
-        for topic, by_partition in offsets.items():
-            self._next_offsets[topic] = by_partition | self._next_offsets.get(topic, {})
+    def found(self, ends: Offsets) -> None:
+        """Take in where partitions end; what was acknowledged since, or is known to reach further, stays."""
+        for topic, by_partition in ends.items():
+            known = self.offsets.setdefault(topic, {})
+            for partition, end in by_partition.items():
+                known[partition] = max(end, known.get(partition, end))
+            changed = self._next_offsets.get(topic, {})
+            self._next_offsets[topic] = {partition: known[partition] for partition in by_partition} | changed
 
     def interrupt(self) -> None:
         """Let `room` return at once from now on: the relay is asked to stop."""
@@ -205,7 +212,9 @@ class Publisher:
                 batch, following = self._build(task, at, lane.limit)
                 if batch.record_count():
                     offset = await self._producer.send(batch, lane.topic, lane.partition)
-                    self._next_offsets.setdefault(lane.topic, {})[lane.partition] = offset + batch.record_count()
+                    end = offset + batch.record_count()
+                    self._next_offsets.setdefault(lane.topic, {})[lane.partition] = end
+                    self.offsets.setdefault(lane.topic, {})[lane.partition] = end
                     self.published += batch.record_count()
                 lane.limit = min(lane.limit + lane.limit // 8 + 1, _BATCH_MAX_RECORDS)
                 at, pauses, missing_since = following, None, None

@@ -27,6 +27,7 @@ from outbox.relay.lease import Lease
 from outbox.relay.publish import Publisher
 from outbox.relay.topics import Topics
 from outbox.relay.wakeup import Wakeup
+from outbox.relay.watermark import Watermarks
 from outbox.relay.window import Bounds, Origin, Progress, Span, Window
 from outbox.settings import Settings
 
@@ -115,6 +116,7 @@ class _Tenure:
         self._lease = lease
         self._producer = producer
         self._topics = Topics(self._pool, self._servers, producer)
+        self._watermarks = Watermarks(around.servers, around.settings, lease)
         self._wakeup = Wakeup(connection, lease.shard, self._settings)
         self._bounds = Bounds(self._settings.window_max_events, self._settings.window_max_bytes)
         self._persisted_through = 0
@@ -129,8 +131,8 @@ class _Tenure:
         self._publisher = Publisher(
             self._producer, self._lease, source, self._park, self._settings.missing_topic_seconds
         )
-        self._publisher.begin(resume.done_through)
-        self._publisher.give_back(ends)
+        self._publisher.begin(resume.done_through, resume.next_offsets)
+        self._publisher.found(ends)
         self._persisted_through, self._number = resume.done_through, resume.last_window
         self._log_id, self._cursor = resume.log_id, resume.cursor
         waker = asyncio.create_task(self._wake_when_stopping())
@@ -145,6 +147,7 @@ class _Tenure:
             await self._wakeup.close()
         finally:
             waker.cancel()
+            await self._watermarks.stop()
             await self._publisher.stop()
 
     async def _drain(self) -> None:
@@ -173,19 +176,26 @@ class _Tenure:
         await self._publisher.room(self._settings.windows_in_flight)
         if self._stopping.is_set():
             return
+        await self._watermarks.send_if_done(self._connection, self._log_id, self._publisher)
+        await self._watermarks.moment(self._connection, self._log_id)
         found = await window.read(self._connection, self._lease.shard, self._cursor, self._bounds)
         if found is None:
+            self._watermarks.found_through(self._number)
+            await self._watermarks.send_if_done(self._connection, self._log_id, self._publisher)
             await self._persist_if_due()
-            await self._wakeup.found_nothing(self._until_persist())
+            await self._wakeup.found_nothing(min(self._until_persist(), self._watermarks.until_due))
             return
         await self._wakeup.found()
         if isinstance(found, window.TooLarge):
             await self._page(None)
-        else:
-            span, rows = found
-            await self._log(span, rows)
-            if len(rows) < self._bounds.max_events // 4:
-                await self._wakeup.pace()
+            if not self._stopping.is_set():  # else it may have broken off
+                self._watermarks.found_through(self._number)
+            return
+        span, rows = found
+        await self._log(span, rows)
+        self._watermarks.found_through(self._number)
+        if len(rows) < self._bounds.max_events // 4:
+            await self._wakeup.pace()
 
     async def _page(self, rest: Span | None) -> None:
         """Backlog mode, to its end; a snapshot that grew old is given up for one that goes on behind it."""
@@ -259,7 +269,7 @@ class _Tenure:
                 await asyncio.sleep(_MISSING_TOPIC_PAUSE_SECONDS)
                 self._lease.check()
             if count is not None:
-                self._publisher.give_back(await restore.guard(self._connection, self._servers, {topic: count}, {}))
+                self._publisher.found(await restore.guard(self._connection, self._servers, {topic: count}, {}))
 
     async def _park(self, origin: Origin, error: BaseException) -> None:
         async with postgres.acquire(self._pool) as connection:

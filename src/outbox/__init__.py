@@ -1,12 +1,18 @@
 """Transactional outbox, its relay to Kafka, and caches fed from it."""
 
 from outbox.cache import DELETE, Cache, Delete, Duration, Patch
+from outbox.cache.http import HttpOwner
+from outbox.cache.owner import Owner, OwnerPage, SqlOwner
 from outbox.consumer import Consumer
 from outbox.errors import (
     CacheDeclarationError,
     EmitError,
     EventDeclarationError,
     OutboxError,
+    OwnerError,
+    OwnerPageInvalid,
+    OwnerRequestInvalid,
+    OwnerUnavailable,
     ParkingFull,
     RecordTooLarge,
     RestoreDetected,
@@ -30,8 +36,15 @@ __all__ = [
     "EmitError",
     "Event",
     "EventDeclarationError",
+    "HttpOwner",
     "Key",
     "OutboxError",
+    "Owner",
+    "OwnerError",
+    "OwnerPage",
+    "OwnerPageInvalid",
+    "OwnerRequestInvalid",
+    "OwnerUnavailable",
     "ParkingFull",
     "Patch",
     "Pool",
@@ -39,6 +52,7 @@ __all__ = [
     "RecordTooLarge",
     "Relay",
     "RestoreDetected",
+    "SqlOwner",
     "Transaction",
     "WaitTimeout",
     "transaction",

@@ -96,3 +96,48 @@ class ParkingFull(OutboxError):
 
 class WaitTimeout(OutboxError, TimeoutError):
     """The cache did not show the receipt's event in time."""
+
+
+# ------------------------------------------------------------------------------------------------ owners
+
+
+class OwnerError(OutboxError):
+    """The owner of a cache did not answer as it should; asking again will not help."""
+
+
+class OwnerUnavailable(OwnerError):
+    """The owner cannot answer now, or not from there; says what to change, or to ask later."""
+
+
+class OwnerPageInvalid(OwnerError, ValueError):
+    """What an owner answered is no page of this cache's rows.
+
+    Attributes:
+        key: the row's key as text; None where it is not about one row.
+        field: what is wrong: a column, or a field of the page.
+        problem: why its value will not do.
+        remedy: what to change at the owner.
+    """
+
+    def __init__(self, key: str | None, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{'the page' if key is None else f'row {key}'}: {field}: {problem}; {remedy}")
+        self.key = key
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+
+class OwnerRequestInvalid(OwnerError, ValueError):
+    """A request to an owner cannot be read; answer it with status 400.
+
+    Attributes:
+        field: the parameter.
+        problem: why its value will not do.
+        remedy: what to send.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy

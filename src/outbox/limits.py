@@ -52,6 +52,23 @@ BATCH_TIMEOUT_SECONDS: Final = 120.0
 BATCH_IDLE_SECONDS: Final = 15
 """How long a batch's transaction may stand still, in a frozen process, before PostgreSQL ends it."""
 
+# Owners of caches.
+OWNER_PAGE_ROWS: Final = 5_000
+"""Rows of a page, where nobody asks for fewer."""
+OWNER_PAGE_MAX_ROWS: Final = 50_000
+OWNER_PAGE_MAX_BYTES: Final = 16_777_216
+"""Of the rows as JSON; a page that would be larger has fewer rows."""
+OWNER_ANSWER_MAX_BYTES: Final = 67_108_864
+"""Read from an owner over HTTP before it is given up."""
+OWNER_KEYS_MAX: Final = 10_000
+"""Keys in one question to an owner."""
+OWNER_TIMEOUT_SECONDS: Final = 10.0
+"""For one answer over HTTP."""
+OWNER_RETRY_SECONDS: Final = 30.0
+"""How long a page is asked for again while an owner does not answer."""
+OWNER_SCAN_SECONDS: Final = 600.0
+"""For a statement that may read all rows of an owner or a cache."""
+
 # Waiting.
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 STATEMENT_TIMEOUT_SECONDS: Final = 30.0

@@ -84,6 +84,19 @@ class Statement:
         await crash_sites.visit(self.name, "after")
         return value
 
+    async def columns(self, connection: "Connection") -> list[tuple[str, str]]:
+        """Name and type of each column that it returns, and that it takes no parameters; it is not run.
+
+        Raises:
+            ValueError: it has parameters.
+        """
+        await crash_sites.visit(self.name, "before")
+        prepared = await connection.prepare(self.text, timeout=limits.STATEMENT_TIMEOUT_SECONDS)
+        await crash_sites.visit(self.name, "after")
+        if prepared.get_parameters():
+            raise ValueError("has parameters")
+        return [(column.name, column.type.name) for column in prepared.get_attributes()]
+
     async def cursor(self, connection: "Connection", *args: object) -> "Cursor":
         """A cursor over the rows; needs an open transaction."""
         await crash_sites.visit(self.name, "before")
@@ -192,6 +205,35 @@ async def transact(connection: "Connection", **options: Any) -> AsyncIterator[No
             drop(connection)
         raise
     await transaction.commit()
+
+
+@asynccontextmanager
+async def look(connection: "Connection") -> AsyncIterator[None]:
+    """A block that only reads, and whose `set local` settings end with it: it is always rolled back.
+
+    Inside an open transaction it is a savepoint, because settings of a released one would stay.
+    """
+    if not connection.is_in_transaction():
+        transaction = connection.transaction(readonly=True)
+        await transaction.start()
+        try:
+            yield
+        except BaseException as error:
+            if _left_clean(error):
+                await transaction.rollback()
+            else:
+                drop(connection)
+            raise
+        await transaction.rollback()
+        return
+    await connection.execute("savepoint outbox_look")
+    try:
+        yield
+    except BaseException as error:
+        if _left_clean(error):
+            await connection.execute("rollback to outbox_look; release outbox_look")
+        raise
+    await connection.execute("rollback to outbox_look; release outbox_look")
 
 
 @asynccontextmanager

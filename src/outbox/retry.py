@@ -9,6 +9,7 @@ Three answers to an error, decided here and nowhere else:
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -59,6 +60,7 @@ def attempts(
     initial: float = _INITIAL_SECONDS,
     maximum: float = limits.BACKOFF_MAX_SECONDS,
     stopping: asyncio.Event | None = None,
+    within: float = math.inf,
 ) -> tenacity.AsyncRetrying:
     """Attempts with backoff while `when` says that the error is worth another; others are raised as they are.
 
@@ -66,7 +68,7 @@ def attempts(
             with attempt:
                 await work()
 
-    Once `stopping` is set, pauses end at once and the last error is raised.
+    Once `stopping` is set, pauses end at once and the last error is raised; no attempt begins after `within` seconds.
     """
     stop_signal = asyncio.Event() if stopping is None else stopping
 
@@ -77,7 +79,7 @@ def attempts(
         sleep=sleep,
         wait=_wait(initial, maximum),
         retry=tenacity.retry_if_exception(when),
-        stop=lambda _state: stop_signal.is_set(),
+        stop=lambda state: stop_signal.is_set() or (state.seconds_since_start or 0.0) + state.upcoming_sleep > within,
         reraise=True,
     )
 

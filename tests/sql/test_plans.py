@@ -25,7 +25,7 @@ import pytest
 
 import outbox
 from outbox import Connection, Pool, Relay
-from outbox.cache import merge, table
+from outbox.cache import merge, owner, table
 from outbox.consumer import apply, parking
 from outbox.postgres import Snapshot, Statement, Statements
 from outbox.relay import lease, window
@@ -489,15 +489,17 @@ def named_statements() -> Iterator[Statement]:
 
 
 async def test_every_named_statement_can_be_prepared(any_database: str) -> None:
-    """On the oldest and the newest server; templates through the table of a cache."""
+    """On the oldest and the newest server; templates through the table of a cache, or the query of an owner."""
     async with asyncpg.create_pool(any_database, min_size=1, max_size=1) as pool:
         await migrate.up(pool)
         await caching.create_table(pool)
         cached = await table.find(pool, caching.CachedAgent, caching.TABLE, "agent_id")
+        query = owner._Query(f"select * from {caching.TABLE}", {"agent_id": "uuid", "agent_name": "text"}, "agent_id")
         names = []
         for statement in named_statements():
             names.append(statement.name)
-            text = cached.compose(statement).text if ".cache." in statement.name else statement.text
+            template = query if ".cache.owner." in statement.name else cached if ".cache." in statement.name else None
+            text = template.compose(statement).text if template else statement.text
             async with pool.acquire() as connection:
                 try:
                     await connection.prepare(text)

@@ -32,6 +32,7 @@ from outbox.cache.fold import Fault, Step
 from outbox.cache.fold import fold as fold_key
 from outbox.cache.handlers import Handler, Shape
 from outbox.cache.merge import Merge
+from outbox.cache.owner import Owner
 from outbox.cache.read import Reader
 from outbox.errors import CacheDeclarationError
 from outbox.event import Event, key_text, kind_of
@@ -53,7 +54,7 @@ _RESERVED_NAMES: Final = frozenset({"relay"})
 class Cache(Generic[Row]):
     """Declares a cache: rows of class `Row` in a table, kept by the handlers registered with `on`."""
 
-    def __init__(self, row: type[Row], *, table: str, key: str, topic: str) -> None:
+    def __init__(self, row: type[Row], *, table: str, key: str, topic: str, owner: Owner | None = None) -> None:
         """Declare it; usually a module's constant.
 
         Args:
@@ -61,6 +62,8 @@ class Cache(Generic[Row]):
             table: the service's table, exactly as it is called; `schema.table` where the search_path does not find it.
             key: the field and column with the event's key; needs a primary key or a unique index of its own.
             topic: where the events come from.
+            owner: whom to copy rows from: a `SqlOwner`, an `HttpOwner`. Without one, the cache begins with the topic's
+                earliest event.
 
         Raises:
             CacheDeclarationError: the row class and the key do not fit together.
@@ -70,6 +73,7 @@ class Cache(Generic[Row]):
         self.table: Final = table
         self.key: Final = key
         self.topic: Final = topic
+        self.owner: Final = owner
         self.shape: Final = Shape(row, key)
         self.handlers: Final[dict[str, Handler]] = {}
         """By event type."""

@@ -90,6 +90,18 @@ class CacheDeclarationError(OutboxError, TypeError):
     """A cache, a handler or its table do not fit together; raised at import or when the consumer starts."""
 
 
+class CacheNotFed(OutboxError):
+    """No consumer has ever fed the cache's table, so a page of the owner has nothing to be merged with yet."""
+
+
+class PageRefused(OutboxError):
+    """A page of the owner is older than what was forgotten since it was read; read it again."""
+
+
+class OwnerRowInvalid(OutboxError, ValueError):
+    """A row that the owner sent does not fit the cache's row class."""
+
+
 class ParkingFull(OutboxError):
     """A consumer has parked as many events as its bound allows; its partition stands still until some are resolved."""
 

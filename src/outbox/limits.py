@@ -45,6 +45,8 @@ REBALANCE_TIMEOUT_SECONDS: Final = 30.0
 FETCH_WAIT_SECONDS: Final = 0.1
 LAST_RECORD_TIMEOUT_SECONDS: Final = 10.0
 """For reading the last applied record again; where it is gone, Kafka never answers."""
+HALTED_LOOK_SECONDS: Final = 2.0
+"""Between two looks of a partition that stands still at whether it may go on."""
 COMMIT_EVERY_SECONDS: Final = 5.0
 """Between two advisory commits of offsets to Kafka."""
 BATCH_TIMEOUT_SECONDS: Final = 120.0

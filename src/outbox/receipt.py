@@ -53,6 +53,8 @@ class Receipt(str):
             raise ReceiptUnavailable("this is no receipt: pass the value of tx.receipt unchanged") from error
         if not _LOG_ID.fullmatch(parsed["l"]):
             raise ReceiptUnavailable("this is no receipt: it names no log")
+        if not 0 <= parsed["t"] < 2**63:
+            raise ReceiptUnavailable("this is no receipt: a transaction is a bigint")
         if any(not 0 < position < 2**63 for position in positions.values()):
             raise ReceiptUnavailable("this is no receipt: a position is a positive bigint")
         return parsed
@@ -62,6 +64,12 @@ class Receipt(str):
         """The log in which the positions count."""
         log_id: str = self._body()["l"]
         return log_id
+
+    @property
+    def transaction_id(self) -> int:
+        """The transaction; only to ask whether a snapshot sees it, never to compare it with another one."""
+        transaction_id: int = self._body()["t"]
+        return transaction_id
 
     def position(self, topic: str, key: str) -> int | None:
         """The position of the transaction's last event for a key; None if it emitted none."""

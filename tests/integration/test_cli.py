@@ -160,7 +160,14 @@ def test_watch_without_a_terminal_is_refused(migrated: dict[str, str]) -> None:
 def on_a_terminal(environment: dict[str, str], *arguments: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
     ours, theirs = pty.openpty()
     environment = {**environment, "TERM": "xterm", "LINES": "40"}
-    process = subprocess.Popen([OUTBOX, *arguments], env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        [OUTBOX, *arguments],
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - else ignored behind `&`
+    )
     os.close(theirs)
     try:
         yield process, ours

@@ -229,15 +229,24 @@ async def test_records_that_kafka_deleted_unread_stop_the_partition(
     del broker.log.records[1:3]
     broker.begin = 3
     await poll(lanes, broker)
-    assert lanes.states == {AT: State.NEEDS_REBUILD}
+    await reached(lanes, State.NEEDS_REBUILD)
     assert broker.paused
     assert "deleted records that were not applied" in caplog.text
-    assert await pool.fetchval("select next_offset from outbox.positions") == 1
+    found = await pool.fetchrow("select next_offset, state from outbox.positions")
+    assert found is not None
+    assert tuple(found) == (1, "needs_rebuild")
     await lanes.close()
     lanes = make_lanes(engine, broker)
     lanes.assigned([AT])
     await reached(lanes, State.NEEDS_REBUILD)
     assert broker.paused
+    await pool.execute("update outbox.positions set state = 'restarting'")  # as `outbox cache rebuild` does
+    await reached(lanes, State.RUNNING)
+    await poll(lanes, broker)
+    found = await pool.fetchrow("select next_offset, state from outbox.positions")
+    assert found is not None
+    assert tuple(found) == (5, "running")
+    assert len(await rows(pool)) == 3
 
 
 @pytest.mark.parametrize("records", [0, 1, 5], ids=["empty", "shorter", "longer"])

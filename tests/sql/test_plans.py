@@ -285,7 +285,7 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
 
     async def merged(full: str, patches: str, deletions: str) -> None:
         await advance(connection)
-        await whole.fetch(connection, caching.TABLE, KEYS, full, patches, deletions)
+        await whole.fetch(connection, cached.oid, KEYS, full, patches, deletions)
 
     async def waiting() -> None:
         await advance(connection)
@@ -309,7 +309,7 @@ async def advance(connection: Connection) -> None:
     """The first statement of a batch."""
     marks = [caching.LOG], [0], [1], [1]
     await apply.SQL.advance.fetch(
-        connection, "c", "topic", 1, 1, 0, 50, "id", *marks, [caching.TABLE, "nobody"], "15000"
+        connection, "c", "topic", 1, 1, 0, 50, "id", *marks, [caching.TABLE, "nobody"], "15000", [caching.TABLE]
     )
 
 
@@ -334,7 +334,8 @@ async def load_cache(connection: Connection) -> None:
     )
     await connection.execute(
         "insert into outbox.tombstones (cache, key, log_id)"
-        " select case when i % 2 = 0 then 'other' else $1 end, 'gone-' || i, $2 from generate_series(1, 10000) i",
+        " select case when i % 2 = 0 then 'outbox.logs' else $1 end::regclass, 'gone-' || i, $2"
+        "   from generate_series(1, 10000) i",
         caching.TABLE,
         caching.LOG,
     )

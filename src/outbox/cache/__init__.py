@@ -131,7 +131,7 @@ class Cache(Generic[Row]):
         reader = await self._prepared(target)
         if position is None:
             return await reader.one(target, text)
-        return await reader.once_seen(target, text, receipt.log_id, position, _seconds(timeout))
+        return await reader.once_seen(target, text, receipt, position, _seconds(timeout))
 
     def fold(self, events: Iterable[Event]) -> list[Row]:
         """The rows after these events, from nothing, without a database; in the order of the keys' first events.
@@ -154,13 +154,17 @@ class Cache(Generic[Row]):
         rows = (fold_key(of_key).base for of_key in steps.values())
         return [row for row in rows if isinstance(row, self.row)]
 
-    async def prepare(self, db: Pool | Connection) -> Merge:
-        """Check the declaration against the database and prepare the merge; for `Consumer`.
+    async def prepare(self, db: Pool | Connection, oid: int | None = None) -> Merge:
+        """Check the declaration against its table, or another one that is to take its place, and prepare the merge.
 
         Raises:
             CacheDeclarationError: the table does not fit.
         """
-        return Merge(self.table, self.shape, await table.find(db, self.row, self.table, self.key))
+        if oid is None:
+            found = await table.find(db, self.row, self.table, self.key)
+        else:
+            found = await table.find_by_oid(db, self.row, self.table, self.key, oid)
+        return Merge(self.shape, found)
 
     async def _prepared(self, db: Pool | Connection) -> Reader[Row]:
         if self._reader is None:

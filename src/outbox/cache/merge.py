@@ -4,9 +4,9 @@ Rows travel as JSON, one parameter for all of them, and PostgreSQL turns each va
 read a literal: arrays, jsonb, numeric, enums and domains work without a line for each (ADR 0012 has the measurements).
 What JSON cannot carry, bytes and numbers that are not finite, is written the way PostgreSQL reads them as text.
 
-A statement of a batch sees everything that earlier batches wrote, because they are serialised by the partition's row in
-`outbox.positions`, which the transaction locks in an earlier statement. Within one log arrival decides: events come
-deduplicated and in order. Between logs the higher ordinal wins, whatever arrives when.
+A statement of a batch sees everything that earlier batches of its partition wrote, because they are serialised by the
+partition's row in `outbox.positions`, and every page of the owner that was merged, because batches share the cache's
+lock and pages have it alone; both are locked in an earlier statement. Which of two wins is said in `merge.sql`.
 """
 
 import json
@@ -44,16 +44,16 @@ class Change:
 class Merge:
     """Merges into one cache's table."""
 
-    def __init__(self, cache: str, shape: Shape, table: Table) -> None:
-        """For the cache declared for table `cache`."""
-        self._cache = cache
+    def __init__(self, shape: Shape, table: Table) -> None:
+        """For a table that was checked against the cache's row class."""
+        self.table: Final = table
         self._shape = shape
         self._table = table
         self._statement = table.compose(SQL.merge)
         self._key_field = json.dumps(table.key)
 
-    def change(self, key: str, folded: Folded) -> Change:
-        """Encode what happens to one key.
+    def change(self, key: str, folded: Folded, partition: int) -> Change:
+        """Encode what happens to one key, by events of a Kafka partition.
 
         Raises:
             ValueError: a value has no JSON form.
@@ -63,7 +63,11 @@ class Merge:
             body = self._patch_document(key, folded.columns)  # of a deletion: only the key
         else:
             body = self._row_document(folded.base)
-        return Change(key, folded, body[:-1] + _runtime(folded.last))
+        return Change(key, folded, body[:-1] + _runtime(folded.last, partition))
+
+    def rows(self, rows: Sequence[BaseModel]) -> str:
+        """Rows of a page of the owner, as one JSON array."""
+        return _array([self._row_document(row) for row in rows])
 
     async def __call__(self, connection: Connection, changes: Sequence[Change]) -> list[str]:
         """Merge changes of distinct keys; returns the keys of patches that found no row."""
@@ -75,7 +79,7 @@ class Merge:
             (patches if base is None else deletions if base is DELETE else rows).append(change.document)
         missing = await self._statement.fetch(
             connection,
-            self._cache,
+            self._table.oid,
             [change.key for change in changes],
             _array(rows),
             _array(patches),
@@ -119,12 +123,13 @@ def _with(body: bytes, extra: dict[str, str]) -> bytes:
     return more if body == b"{}" else body[:-1] + b"," + more[1:]
 
 
-def _runtime(last: Step) -> bytes:
-    at = last.position
+def _runtime(last: Step, partition: int) -> bytes:
+    at, offset = last.position, "null" if last.source is None else last.source.record.offset
+    where = f'"outbox_partition":{partition},"outbox_offset":{offset}}}'
     if at is None:
-        return b',"outbox_log":null,"outbox_position":null,"outbox_transaction_id":null}'
+        return f',"outbox_log":null,"outbox_position":null,"outbox_transaction_id":null,{where}'.encode()
     return (
-        f',"outbox_log":"{at.log_id}","outbox_position":{at.position},"outbox_transaction_id":{at.transaction_id}}}'
+        f',"outbox_log":"{at.log_id}","outbox_position":{at.position},"outbox_transaction_id":{at.transaction_id},{where}'
     ).encode()
 
 

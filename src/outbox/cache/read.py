@@ -11,6 +11,7 @@ from outbox import clock, limits, postgres
 from outbox.cache.table import Table
 from outbox.errors import WaitTimeout
 from outbox.postgres import Connection, Pool, Record
+from outbox.receipt import Receipt
 
 SQL: Final = postgres.Statements("outbox", "cache/read.sql")
 
@@ -40,17 +41,19 @@ class Reader(Generic[Row]):
         return [self._model(record) for record in records]
 
     async def once_seen(
-        self, db: Pool | Connection, key: str, log_id: str, position: int, timeout: float
+        self, db: Pool | Connection, key: str, receipt: Receipt, position: int, timeout: float
     ) -> Row | None:
-        """The row of a key as soon as it shows this position; None once it was deleted by it or later.
+        """The row of a key as soon as the cache has this position of a receipt; None once that or later deleted it.
 
         Raises:
             WaitTimeout: it does not in `timeout` seconds.
         """
+        log_id = receipt.log_id
+        seen = (self._table.oid, log_id, position, str(receipt.transaction_id))
         deadline = clock.monotonic() + timeout
         pause = limits.WAIT_POLL_MIN_SECONDS
         while True:
-            record = await self._seen.fetchrow(db, self._argument(key), key, self._cache, log_id, position)
+            record = await self._seen.fetchrow(db, self._argument(key), key, *seen)
             assert record is not None
             if record["outbox_seen"]:
                 return self._model(record) if record["outbox_found"] else None

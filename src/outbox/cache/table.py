@@ -25,11 +25,14 @@ from outbox.postgres import Connection, Pool, Record, Statement
 SQL: Final = postgres.Statements("outbox", "cache/table.sql")
 
 SYNCED: Final = "last_synced_at"
-RUNTIME: Final = ("outbox_log", "outbox_position", "outbox_transaction_id")
-"""Of the event that wrote the row: its log, its position there, its transaction."""
+RUNTIME: Final = ("outbox_log", "outbox_position", "outbox_transaction_id", "outbox_partition", "outbox_offset")
+"""Of the event that wrote the row: its log, its position there, its transaction; its partition and offset in Kafka."""
+PAGE: Final = "outbox_page"
+"""The last page of the owner that wrote the row."""
 
 _TABLE_KINDS: Final = frozenset({"r", "p"})
 _KEY_TYPES: Final[dict[str, type]] = {"uuid": UUID, "int2": int, "int4": int, "int8": int}
+_WIDEST: Final = {UUID: "uuid", int: "bigint", str: "text"}
 _KEY_TEXT_TYPES: Final = frozenset({"text", "varchar", "bpchar", "citext"})
 _JSON: Final = frozenset({"json", "jsonb"})
 _CATEGORIES: Final = {
@@ -60,12 +63,14 @@ class Table:
     """The table of a cache as the catalogue has it, checked against the row class.
 
     Attributes:
+        oid: its identity, whatever it is called.
         columns: declared columns that events write, in the order of the row class.
         read: declared columns that readers get; `last_synced_at` too, where it is declared.
         json: columns whose values travel as JSON text.
         exact: columns whose values JSON cannot carry in every case: bytes, and numbers that are not finite.
     """
 
+    oid: int
     schema: str
     name: str
     key: str
@@ -82,6 +87,13 @@ class Table:
         slots = {
             "table": f"{quote(self.schema)}.{quote(self.name)}",
             "key": quote(self.key),
+            "key_type": _WIDEST[self.key_type],
+            "key_order": ' collate "C"' if self.key_type is str else "",
+            "columns": _list("{}", self.columns),
+            "columns_x": _list("x.{}", self.columns),
+            "changing_page": "".join(
+                f"{quote(column)} = excluded.{quote(column)}, " for column in self.columns if column != self.key
+            ),
             "written": _list("{}", written),
             "written_x": _list("x.{}", written),
             "changing": _list("{}", changing),
@@ -116,7 +128,17 @@ async def find(db: Connection | Pool, row: type[BaseModel], table: str, key: str
     Raises:
         CacheDeclarationError: it does not exist or does not fit; says which column and what to do.
     """
-    found = await SQL.describe.fetch(db, ".".join(quote(part) for part in table.split(".", 1)))
+    oid = await SQL.resolve.fetchval(db, ".".join(quote(part) for part in table.split(".", 1)))
+    return await find_by_oid(db, row, table, key, oid)
+
+
+async def find_by_oid(db: Connection | Pool, row: type[BaseModel], table: str, key: str, oid: int | None) -> Table:
+    """The same for a table that is known by its identity; errors call it `table`.
+
+    Raises:
+        CacheDeclarationError: see `find`.
+    """
+    found = [] if oid is None else await SQL.describe.fetch(db, oid)
     if not found or found[0]["kind"] not in _TABLE_KINDS:
         raise CacheDeclarationError(
             f"cache {table}: there is no such table on the connection's search_path; create it in a migration of "
@@ -124,7 +146,7 @@ async def find(db: Connection | Pool, row: type[BaseModel], table: str, key: str
         )
     columns: dict[str, Record] = {column["name"]: column for column in found}
     fields = tuple(row.model_fields)
-    for name in (*RUNTIME, SYNCED):
+    for name in (*RUNTIME, PAGE, SYNCED):
         if name not in columns:
             raise CacheDeclarationError(
                 f"cache {table}: column {name} is missing; run in a migration: select outbox.prepare_cache('{table}')"
@@ -133,6 +155,7 @@ async def find(db: Connection | Pool, row: type[BaseModel], table: str, key: str
         _check_column(table, name, row.model_fields[name].annotation, columns.get(name))
     _check_unwritten(table, fields, found)
     return Table(
+        oid=found[0]["oid"],
         schema=found[0]["schema"],
         name=found[0]["table"],
         key=key,

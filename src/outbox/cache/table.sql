@@ -1,8 +1,12 @@
 -- What a cache needs to know about the user's table. Reads the catalogue only.
 
+-- name: resolve
+-- Which table a quoted name means on this connection; null where there is none.
+select to_regclass($1)::oid
+
 -- name: describe
--- The columns of a table ($1, quoted) and which of them alone are unique. Rows: its columns. A missing table has none.
-select n.nspname as schema, r.relname as "table", r.relkind::text as kind, a.attname as name,
+-- The columns of a table ($1) and which of them alone are unique. Rows: its columns. A missing table has none.
+select r.oid, n.nspname as schema, r.relname as "table", r.relkind::text as kind, a.attname as name,
        coalesce(b.typname, t.typname)::text as type, t.typcategory::text as category,
        a.attnotnull as required, (a.atthasdef or a.attidentity <> '') as has_default,
        (a.attgenerated <> '' or a.attidentity = 'a') as generated,
@@ -15,5 +19,5 @@ select n.nspname as schema, r.relname as "table", r.relkind::text as kind, a.att
   join pg_attribute a on a.attrelid = r.oid and a.attnum > 0 and not a.attisdropped
   join pg_type t on t.oid = a.atttypid
   left join pg_type b on b.oid = t.typbasetype
- where r.oid = to_regclass($1)
+ where r.oid = $1
  order by a.attnum

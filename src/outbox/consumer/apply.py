@@ -18,6 +18,9 @@ Guarantees:
   *running maximum*, which begins at the stored mark, was applied before or stands earlier in this very batch. Late
   bytes of a zombie relay are such records.
 * The marks live in this process between batches: under its epoch nobody else writes them.
+* **Every table of a cache.** While a cache is rebuilt into a new generation, the batch goes into both tables. Which
+  they are is asked under the lock that a swap needs for itself; where they are others than this process knows, the
+  batch is rolled back, the tables are looked up, and it is done again.
 """
 
 import asyncio
@@ -37,6 +40,12 @@ Mark: TypeAlias = tuple[int, int]
 """Window and ordinal."""
 
 _BEFORE_ALL: Final[Mark] = (-1, -1)
+_LOOKS_MAX: Final = 5
+"""How often in a row the tables of a batch may turn out to be others; each is a swap."""
+
+
+class _OtherTablesError(Exception):
+    """The batch was rolled back: a cache has other tables now."""
 
 
 @dataclass(slots=True)
@@ -45,6 +54,7 @@ class Partition:
 
     Attributes:
         next_offset: the first offset not applied.
+        state: as stored; `running`, or why it stands still.
         last_event_id: of the record before it, if that had one.
         marks: by log id and shard.
     """
@@ -55,6 +65,7 @@ class Partition:
     next_offset: int
     last_event_id: str | None = None
     marks: dict[tuple[str, int], Mark] = field(default_factory=dict)
+    state: str = "running"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +118,26 @@ class Engine:
         self._owner = owner
         self._caches = caches
         self._targets: dict[str, list[Target]] = {}
+        self._tables: list[int] = []
 
     async def prepare(self) -> None:
-        """Check every cache against the database.
+        """Check every cache against the database, and say there that this consumer feeds it.
 
         Raises:
             CacheDeclarationError: one does not fit its table.
         """
         targets: dict[str, list[Target]] = {}
+        tables: list[int] = []
+        await SQL.forget_dropped.execute(self._pool)
         for cache in self._caches:
-            targets.setdefault(cache.topic, []).append(Target(cache, await cache.prepare(self._pool)))
-        self._targets = targets
+            merge = await cache.prepare(self._pool)
+            await SQL.register.execute(self._pool, merge.table.oid, cache.table, self._consumer, cache.topic)
+            feeds = [Target(cache, merge, cache.table)]
+            if (spare := await SQL.spare.fetchrow(self._pool, cache.table)) is not None:
+                feeds.append(Target(cache, await cache.prepare(self._pool, spare["oid"]), spare["name"]))
+            targets.setdefault(cache.topic, []).extend(feeds)
+            tables += [target.merge.table.oid for target in feeds]
+        self._targets, self._tables = targets, tables
 
     async def database(self) -> str:
         """The name of the database."""
@@ -137,7 +157,27 @@ class Engine:
             row["next_offset"],
             row["last_event_id"],
             {(mark["log_id"], mark["shard"]): (mark["window_no"], mark["ordinal"]) for mark in marks},
+            row["state"],
         )
+
+    async def stored_state(self, topic: str, number: int) -> str | None:
+        """Whether a partition may go on; None where it was never read."""
+        state: str | None = await SQL.stored_state.fetchval(self._pool, self._consumer, topic, number)
+        return state
+
+    async def set_state(self, partition: Partition, state: str) -> None:
+        """Store that a claimed partition stands still, or that it goes on, for people and for freshness."""
+        await SQL.set_state.execute(
+            self._pool, self._consumer, partition.topic, partition.number, partition.epoch, state
+        )
+        partition.state = state
+
+    async def restart(self, partition: Partition, first_offset: int) -> None:
+        """Let a claimed partition that was set free go on at the first record that Kafka has."""
+        await SQL.restart.execute(
+            self._pool, self._consumer, partition.topic, partition.number, partition.epoch, first_offset
+        )
+        partition.next_offset, partition.last_event_id, partition.state = first_offset, None, "running"
 
     async def apply(self, partition: Partition, records: Sequence[Record]) -> Outcome:
         """Apply records of a partition, in the order of their offsets, in one transaction.
@@ -146,20 +186,29 @@ class Engine:
             ParkingFull: nothing was applied; the partition has to wait.
             PostgresError, OSError, TimeoutError: nothing is known to be applied; claim again and read again.
         """
-        batch = self._read(partition, records)
-        if batch is None:
-            return Outcome(dropped=len(records))
+        for _ in range(_LOOKS_MAX):
+            batch = self._read(partition, records)
+            if batch is None:
+                return Outcome(dropped=len(records))
+            try:
+                outcome = await self._commit_or_bisect(partition, batch)
+            except _OtherTablesError:
+                await self.prepare()
+                continue
+            if not outcome.fenced:
+                partition.next_offset = batch.next_offset
+                partition.last_event_id = batch.last_event_id
+                partition.marks |= batch.marks
+            return outcome
+        raise TimeoutError("the tables of a cache were swapped again and again; the batch is tried later")
+
+    async def _commit_or_bisect(self, partition: Partition, batch: _Batch) -> Outcome:
         try:
-            outcome = await self._commit(partition, batch, careful=False)
+            return await self._commit(partition, batch, careful=False)
         except Exception as error:
             if not retry.is_data(error):
                 raise
-            outcome = await self._commit(partition, batch, careful=True)
-        if not outcome.fenced:
-            partition.next_offset = batch.next_offset
-            partition.last_event_id = batch.last_event_id
-            partition.marks |= batch.marks
-        return outcome
+        return await self._commit(partition, batch, careful=True)
 
     def _read(self, partition: Partition, records: Sequence[Record]) -> _Batch | None:
         marks: dict[tuple[str, int], Mark] = {}
@@ -202,9 +251,12 @@ class Engine:
                 [ordinal for _, ordinal in batch.marks.values()],
                 [work.target.name for work in batch.works],
                 str(limits.BATCH_IDLE_SECONDS * 1000),
+                [cache.table for cache in self._caches],
             )
             if moved is None:
                 return Outcome(fenced=True)
+            if moved["tables"] != self._tables:
+                raise _OtherTablesError
             if careful:
                 await SQL.immediate.execute(connection)
             tallies = [

@@ -8,7 +8,23 @@ insert into outbox.positions as p (consumer, topic, partition, next_offset, owne
 values ($1, $2, $3, $4, $5)
 on conflict (consumer, topic, partition) do update
    set epoch = p.epoch + 1, owner = excluded.owner, updated_at = clock_timestamp()
-returning next_offset, epoch, last_event_id
+returning next_offset, epoch, last_event_id, state
+
+-- name: stored_state
+-- What a partition that stands still is to do now. No lock; by primary key.
+select p.state from outbox.positions p where p.consumer = $1 and p.topic = $2 and p.partition = $3
+
+-- name: set_state
+-- Whether a partition stands still, and why; only its present owner says so. Lock: one row of positions, by primary key.
+update outbox.positions p set state = $5, updated_at = clock_timestamp()
+ where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.epoch = $4 and p.state <> $5
+
+-- name: restart
+-- A partition that `outbox cache rebuild` set free goes on at the first record ($5) that Kafka has. What was applied
+-- keeps its marks, so that no record of it counts twice. Lock: one row of positions, by primary key.
+update outbox.positions p
+   set next_offset = $5, last_event_id = null, state = 'running', updated_at = clock_timestamp()
+ where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.epoch = $4 and p.state = 'restarting'
 
 -- name: applied
 -- The marks of a partition; a statement after the claim, or it would not see what the claim waited for.
@@ -19,7 +35,8 @@ select a.log_id, a.shard, a.window_no, a.ordinal
 -- name: advance
 -- First statement of a batch: the compare-and-swap that locks the partition's row, and the marks of what the batch
 -- applies. No row comes back if the epoch or the offset is another one: then nothing was changed.
--- Returns the caches of $12 that have parked keys in the topic. A process that is frozen from here on loses the batch.
+-- Returns the parkers of $12 that have parked keys in the topic, and the tables of the caches $14, which stay the same
+-- until the batch ends: their lock is shared by batches, and held alone by whoever merges a page. A process that is frozen from here on loses the batch.
 -- The batch's statements are planned each time: a plan kept from when the cache was empty reads all of it later.
 -- Locks: one row of positions, at most one row of applied a log and shard; by primary keys.
 with moved as (
@@ -37,9 +54,29 @@ with moved as (
 )
 select array(select x.parker from unnest($12::text[]) x(parker)
               where exists (select from outbox.parked_keys k where k.parker = x.parker and k.topic = $2)) as parkers,
+       outbox.hold_caches($14) as tables,
        set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout,
        set_config('plan_cache_mode', 'force_custom_plan', true) as planning
   from moved
+
+-- name: forget_dropped
+-- Tables that are gone take along what was known of them. Rows: caches of the database.
+with dropped as (
+    delete from outbox.caches c where not exists (select from pg_class r where r.oid = c.cache) returning c.cache
+)
+delete from outbox.tombstones t using dropped d where t.cache = d.cache
+
+-- name: register
+-- A consumer feeds this table for the cache of this name. The table may have been dropped and made anew. Rows: 1.
+insert into outbox.caches as c (cache, name, consumer, topic) values ($1::oid, $2, $3, $4)
+on conflict (cache) do update
+   set consumer = excluded.consumer, topic = excluded.topic, name = excluded.name, updated_at = clock_timestamp()
+ where (c.consumer, c.topic, c.name) is distinct from (excluded.consumer, excluded.topic, excluded.name)
+
+-- name: spare
+-- The table that is to take the place of a cache's, if it is being rebuilt. By caches_name_role_key; at most one row.
+select c.cache::oid as oid, r.relname as name
+  from outbox.caches c join pg_class r on r.oid = c.cache where c.name = $1 and c.role = 'spare'
 
 -- name: database
 -- Tells services apart that call their consumers the same. Reads nothing.

@@ -2,7 +2,7 @@
 
     assigned -> claiming ----------------------------> running <-> (batch by batch)
                  ^   |  a check fails                     |
-                 |   +--> recreated | needs_rebuild       |  fenced, an error, an offset that went back
+                 |<--+--> recreated | needs_rebuild       |  fenced, an error, an offset that went back
                  |        (paused, an alarm, a person)    v
                  +------------------------------------ waiting (paused; backoff up to 30 s)
 
@@ -18,6 +18,8 @@ Guarantees:
 * A former owner that claims late only costs a claim: its batch, or ours, finds the epoch moved, claims again if the
   partition is still assigned, and goes on where the other stopped.
 * A batch that was fetched before a pause is not applied after it: its end has to agree with the fetch position.
+* That a partition stands still is stored, so that `outbox status` shows it and its caches count as stale. It goes on
+  when `outbox cache rebuild` has set it free.
 """
 
 import asyncio
@@ -52,14 +54,17 @@ class State(enum.StrEnum):
     REVOKED = enum.auto()
 
 
+RESTARTING: Final = "restarting"
+"""Stored by `outbox cache rebuild`: the partition is to be read from the first record that Kafka has."""
+
 _ALARMS: Final = {
     State.RECREATED: (
-        "the topic was re-created: what Kafka has at the stored position is not what was applied; if that was "
-        "intended, delete the consumer's rows of the topic from outbox.positions and restart it: the topic is read anew"
+        "the topic was re-created: what Kafka has at the stored position is not what was applied; `outbox cache "
+        "rebuild` takes the owner's rows and reads the topic from its first record on"
     ),
     State.NEEDS_REBUILD: (
-        "Kafka has deleted records that were not applied yet, so rows may be wrong for ever: restore the rows from "
-        "their owner, delete the consumer's rows of the topic from outbox.positions and restart it; keep records longer"
+        "Kafka has deleted records that were not applied yet, so rows may be wrong for ever; `outbox cache rebuild` "
+        "takes the owner's rows and goes on with the oldest record that is there; keep records longer"
     ),
 }
 
@@ -189,7 +194,10 @@ class Lanes:
         if begin[lane.at] <= lane.partition.next_offset:
             return False
         self._source.pause(lane.at)
-        self._halt(lane, State.NEEDS_REBUILD)
+        lane.state = State.CLAIMING
+        lane.task = asyncio.create_task(
+            self._claim_until_running(lane), name=f"claim of {lane.at.topic}/{lane.at.partition}"
+        )
         return True
 
     def _stumble(self, lane: Lane, error: Exception | None) -> None:
@@ -219,7 +227,7 @@ class Lanes:
     # ------------------------------------------------------------------------------------------ claims
 
     async def _claim_until_running(self, lane: Lane, delay: float = 0.0) -> None:
-        while not (delay and await retry.pause(delay, self._stopping)):
+        while not (await retry.pause(delay, self._stopping) if delay else self._stopping.is_set()):
             lane.state = State.CLAIMING
             try:
                 state = await self._claim(lane)
@@ -230,24 +238,33 @@ class Lanes:
                 continue
             if lane.state is State.REVOKED:
                 return
-            if state is State.RUNNING:
-                # No await from here on: a fetch can only be of the position just sought.
-                assert lane.partition is not None
-                self._source.seek(lane.at, lane.partition.next_offset)
-                lane.state = State.RUNNING
-                self._source.resume(lane.at)
-            else:
-                self._halt(lane, state)
+            if state is not State.RUNNING:
+                await self._stand_still(lane, state)
+                continue
+            # No await from here on: a fetch can only be of the position just sought.
+            assert lane.partition is not None
+            self._source.seek(lane.at, lane.partition.next_offset)
+            lane.state = State.RUNNING
+            self._source.resume(lane.at)
             return
 
     async def _claim(self, lane: Lane) -> State:
-        """Claim, and compare what is stored with what Kafka has."""
+        """Claim, compare what is stored with what Kafka has, and store what came of it."""
         at = lane.at
         await crash_sites.visit(_SITES["ends"], "before")
         begin = (await self._source.beginning_offsets([at]))[at]
         end = (await self._source.end_offsets([at]))[at]
         await crash_sites.visit(_SITES["ends"], "after")
         partition = lane.partition = await self._engine.claim(at.topic, at.partition, begin)
+        if partition.state == RESTARTING:
+            await self._engine.restart(partition, begin)
+            return State.RUNNING
+        state = await self._compare(at, partition, begin, end)
+        if partition.state != state.value:
+            await self._engine.set_state(partition, state.value)
+        return state
+
+    async def _compare(self, at: TopicPartition, partition: Partition, begin: int, end: int) -> State:
         if partition.next_offset < begin:
             return State.NEEDS_REBUILD
         last: Record | None = None
@@ -265,10 +282,19 @@ class Lanes:
         # The record outweighs the end: the embedded broker understates it while the last batch has several records.
         return State.RECREATED if partition.next_offset > end and last is None else State.RUNNING
 
-    def _halt(self, lane: Lane, state: State) -> None:
-        lane.state = state
+    async def _stand_still(self, lane: Lane, state: State) -> None:
+        """Until a person has set the partition free, or has made it forget where it stood."""
         assert lane.partition is not None
+        lane.state = state
         log.critical("%s stands still at offset %d: %s", lane.at, lane.partition.next_offset, _ALARMS[state])
+        while not await retry.pause(limits.HALTED_LOOK_SECONDS, self._stopping):
+            try:
+                stored = await self._engine.stored_state(lane.at.topic, lane.at.partition)
+            except Exception as error:  # noqa: BLE001 - the partition stands still anyway; look again
+                self._complain(lane, error, limits.HALTED_LOOK_SECONDS)
+                continue
+            if stored in {None, RESTARTING}:
+                return
 
     # ------------------------------------------------------------------------------------ advisory commit
 

@@ -46,11 +46,11 @@ class Tally:
 
 
 class Target:
-    """A cache as a consumer feeds it."""
+    """A cache as a consumer feeds it: its live table, or the spare one of a new generation."""
 
-    def __init__(self, cache: Cache[Any], merge: Merge) -> None:
-        """With the merge prepared for its table."""
-        self.name: Final = cache.table
+    def __init__(self, cache: Cache[Any], merge: Merge, parker: str) -> None:
+        """With the merge prepared for one of its tables; keys that cannot be applied there are parked by `parker`."""
+        self.name: Final = parker
         self.topic: Final = cache.topic
         self.merge: Final = merge
         self._cache = cache
@@ -125,7 +125,7 @@ class Work:
             if folded.last is None:
                 return folded
             try:
-                self.changes.append(self.target.merge.change(key, folded))
+                self.changes.append(self.target.merge.change(key, folded, self.partition))
             except ValueError as error:
                 folded.last.effect = Fault.of(error)
             else:
@@ -230,7 +230,7 @@ class _Attempt:
 
     async def _apply_alone(self, key: str, step: Step) -> Fault | None:
         try:
-            change = self._merge.change(key, fold([step]))
+            change = self._merge.change(key, fold([step]), self._work.partition)
             async with self._connection.transaction():
                 missing = await self._merge(self._connection, [change])
         except Exception as error:

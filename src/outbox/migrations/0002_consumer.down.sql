@@ -2,6 +2,7 @@
 drop function outbox.unprepare_cache(regclass);
 drop function outbox.prepare_cache(regclass);
 drop function outbox.hold_caches(text[]);
+drop function outbox.page_sees(text, pg_snapshot, text, xid8);
 drop function outbox.page_order(text, pg_snapshot);
 drop function outbox.supersedes(text, text);
 drop function outbox.key_hash(text, text);

@@ -53,12 +53,12 @@ create table outbox.caches (
     floor_log text,
     floor_xid xid8,
     updated_at timestamptz not null default clock_timestamp(),
+    constraint caches_name_role_key unique (name, role) deferrable,
     constraint caches_name_check check (octet_length(name) between 1 and 127),
     constraint caches_role_check check (role in ('live', 'spare')),
     constraint caches_complete_log_check check (complete_log ~ '^[0-9a-f]{1,15}-[0-9a-f]{4}$'),
     constraint caches_floor_check check ((floor_log is null) = (floor_xid is null))
 );
-create unique index idx_caches_name_role on outbox.caches (name, role);
 comment on table outbox.caches is 'Tables that consumers feed: the live one of each cache, and while it is rebuilt into a new generation a spare one';
 comment on column outbox.caches.name is 'The table as the cache is declared; the parker of its parked keys';
 comment on column outbox.caches.complete_log is 'The log of which the owner''s pages have been merged from the first key to the last; null where there was no owner';
@@ -172,12 +172,20 @@ language sql immutable strict parallel safe as $$
 $$;
 comment on function outbox.page_order is 'Orders pages: what an earlier one sees, a later one sees too';
 
+create function outbox.page_sees(p_log_id text, p_snapshot pg_snapshot, p_event_log text, p_transaction_id xid8) returns boolean
+language sql immutable parallel safe as $$
+    select case when p_event_log = p_log_id then pg_visible_in_snapshot(p_transaction_id, p_snapshot)
+                else outbox.log_ordinal(p_log_id) > outbox.log_ordinal(p_event_log) end
+$$;
+comment on function outbox.page_sees is 'Whether a page of the owner already contains what an event reports; null where the event has no place in a log';
+
 create function outbox.hold_caches(p_names text[]) returns oid[] language plpgsql volatile as $$
 begin
     -- 1868724274 is 'obx2'. Batches of a cache share the lock, whoever merges a page or swaps generations has it alone.
     -- The look comes after the lock, with a snapshot of its own.
     perform pg_advisory_xact_lock_shared(1868724274, hashtext(n.name)) from unnest(p_names) n(name) order by n.name;
-    return array(select c.cache::oid from outbox.caches c where c.name = any (p_names) order by c.name, c.role);
+    return array(select c.cache::oid from outbox.caches c where c.name = any (p_names)
+                  order by array_position(p_names, c.name), c.role);
 end $$;
 comment on function outbox.hold_caches is 'Called first by every batch: the tables of these caches, which stay what they are until it ends';
 

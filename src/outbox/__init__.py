@@ -3,11 +3,12 @@
 from outbox.cache import DELETE, Cache, Delete, Duration, Patch
 from outbox.cache.http import HttpOwner
 from outbox.cache.owner import Owner, OwnerPage, SqlOwner
-from outbox.consumer import Consumer
+from outbox.consumer import Consumer, Inbox
 from outbox.errors import (
     CacheDeclarationError,
     EmitError,
     EventDeclarationError,
+    InboxDeclarationError,
     OutboxError,
     OwnerError,
     OwnerPageInvalid,
@@ -37,6 +38,8 @@ __all__ = [
     "Event",
     "EventDeclarationError",
     "HttpOwner",
+    "Inbox",
+    "InboxDeclarationError",
     "Key",
     "OutboxError",
     "Owner",

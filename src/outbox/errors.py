@@ -102,6 +102,14 @@ class OwnerRowInvalid(OutboxError, ValueError):
     """A row that the owner sent does not fit the cache's row class."""
 
 
+class InboxDeclarationError(OutboxError, TypeError):
+    """An inbox or one of its handlers will not do; raised at import."""
+
+
+class HandlerFailed(OutboxError, ValueError):
+    """A handler of an inbox raised: its batch is rolled back and done again, carefully, as with any refused value."""
+
+
 class ParkingFull(OutboxError):
     """A consumer has parked as many events as its bound allows; its partition stands still until some are resolved."""
 

@@ -54,6 +54,11 @@ BATCH_TIMEOUT_SECONDS: Final = 120.0
 BATCH_IDLE_SECONDS: Final = 15
 """How long a batch's transaction may stand still, in a frozen process, before PostgreSQL ends it."""
 
+INBOX_ROTATION_SECONDS: Final = 600.0
+"""Between two looks whether old message ids are to be forgotten."""
+INBOX_ROTATION_AGAIN_SECONDS: Final = 15.0
+"""After a look that found their table in use."""
+
 # Owners of caches.
 OWNER_PAGE_ROWS: Final = 5_000
 """Rows of a page, where nobody asks for fewer."""

@@ -14,6 +14,8 @@ Header: TypeAlias = tuple[str, bytes]
 
 POSITION_HEADER: Final = "ob-pos"
 SCHEMA_VERSION_HEADER: Final = "ob-schema-version"
+REPLAY_HEADER: Final = "ob-replay"
+"""On records that somebody sent once more on purpose; its value names that occasion."""
 _VERSION_MAX_DIGITS: Final = 5
 
 

@@ -54,7 +54,9 @@ _RESERVED_NAMES: Final = frozenset({"relay"})
 class Cache(Generic[Row]):
     """Declares a cache: rows of class `Row` in a table, kept by the handlers registered with `on`."""
 
-    def __init__(self, row: type[Row], *, table: str, key: str, topic: str, owner: Owner | None = None) -> None:
+    def __init__(
+        self, row: type[Row], *, table: str, key: str, topic: str, owner: Owner | None = None, replays: bool = False
+    ) -> None:
         """Declare it; usually a module's constant.
 
         Args:
@@ -64,6 +66,7 @@ class Cache(Generic[Row]):
             topic: where the events come from.
             owner: whom to copy rows from: a `SqlOwner`, an `HttpOwner`. Without one, the cache begins with the topic's
                 earliest event.
+            replays: take records that somebody sent once more on purpose (header `ob-replay`); else they are dropped.
 
         Raises:
             CacheDeclarationError: the row class and the key do not fit together.
@@ -74,6 +77,7 @@ class Cache(Generic[Row]):
         self.key: Final = key
         self.topic: Final = topic
         self.owner: Final = owner
+        self.replays: Final = replays
         self.shape: Final = Shape(row, key)
         self.handlers: Final[dict[str, Handler]] = {}
         """By event type."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 from outbox import upcasting
 from outbox.cache.effects import DELETE, Delete, Patch
 from outbox.cache.fold import Effect, Fault
-from outbox.errors import CacheDeclarationError, EventDeclarationError
+from outbox.errors import CacheDeclarationError, EventDeclarationError, OutboxError
 from outbox.event import Event, EventKind, key_text
 
 _HANDLER_SHAPE: Final = "write it as: def name(event: AnEvent) -> RowClass | Patch | Delete"
@@ -28,7 +28,7 @@ class Handler:
 
     event_class: type[Event]
     kind: EventKind
-    function: Callable[[Any], Any]
+    function: Callable[..., Any]
 
 
 class Shape:
@@ -43,8 +43,7 @@ class Shape:
     def adapter(self, column: str) -> TypeAdapter[Any]:
         """Checks and encodes values of one column."""
         if column not in self._adapters:
-            field = self.row.model_fields[column]
-            self._adapters[column] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+            self._adapters[column] = field_adapter(self.row, column)
         return self._adapters[column]
 
     def checked(self, effect: object, key: str, value: object = None) -> Effect:
@@ -81,6 +80,12 @@ class Shape:
         )
 
 
+def field_adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
+    """Checks and encodes values of one field."""
+    field = model.model_fields[name]
+    return TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+
+
 def _mismatch(text: str, key: str) -> Fault:
     return Fault("KeyMismatch", f"the handler answered for the row {text!r}, but the event's key is {key!r}")
 
@@ -105,37 +110,70 @@ def inspect_handler(function: Callable[..., Any], row: type[BaseModel], topic: s
     Raises:
         CacheDeclarationError: its annotations do not say, or say something that a cache cannot do.
     """
-    name = getattr(function, "__qualname__", repr(function))
+    subject = Subject("cache", topic, _HANDLER_SHAPE, CacheDeclarationError)
+    name = name_of(function)
     if inspect.iscoroutinefunction(function):
         raise CacheDeclarationError(f"{name}: handlers of a cache are pure; use def, not async def")
-    try:
-        hints: Mapping[str, Any] = typing.get_type_hints(function)
-    except NameError as error:
-        raise CacheDeclarationError(
-            f"{name}: {error}; import the classes in its annotations where it is defined"
-        ) from error
+    hints = subject.hints(function)
     parameters = list(inspect.signature(function).parameters.values())
     if len(parameters) != 1 or parameters[0].name not in hints or "return" not in hints:
         raise CacheDeclarationError(f"{name}: needs one annotated parameter and a return annotation; {_HANDLER_SHAPE}")
     for member in _members(hints["return"]):
         if not (isinstance(member, type) and issubclass(member, (row, Patch, Delete))):
             raise CacheDeclarationError(f"{name}: returns {member}; a handler returns {row.__name__}, Patch or Delete")
-    return [_handler(name, function, member, topic) for member in _members(hints[parameters[0].name])]
+    return subject.handlers(function, hints[parameters[0].name])
 
 
-def _handler(name: str, function: Callable[..., Any], event_class: Any, topic: str) -> Handler:
-    if not (isinstance(event_class, type) and issubclass(event_class, Event)):
-        raise CacheDeclarationError(f"{name}: takes {event_class}, which is no Event; {_HANDLER_SHAPE}")
-    kind = event_class.__kind__
-    if kind is None:
-        raise CacheDeclarationError(f"{name}: {event_class.__name__} is abstract; name the event classes with a type")
-    if kind.topic != topic:
-        raise CacheDeclarationError(f"{name}: {event_class.__name__} is on topic {kind.topic}, the cache reads {topic}")
-    try:
-        upcasting.check(event_class)
-    except EventDeclarationError as error:
-        raise CacheDeclarationError(f"{name}: {error}") from error
-    return Handler(event_class, kind, function)
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a handler is declared for, and how to complain about it; inboxes read their handlers' annotations too.
+
+    Attributes:
+        noun: cache or inbox.
+        topic: what it reads.
+        shape: how its handlers are written.
+        error: what is raised about them.
+    """
+
+    noun: str
+    topic: str
+    shape: str
+    error: type[OutboxError]
+
+    def hints(self, function: Callable[..., Any]) -> Mapping[str, Any]:
+        """The annotations, resolved."""
+        try:
+            return typing.get_type_hints(function)
+        except NameError as error:
+            raise self.error(
+                f"{name_of(function)}: {error}; import the classes in its annotations where it is defined"
+            ) from error
+
+    def handlers(self, function: Callable[..., Any], annotation: Any) -> list[Handler]:
+        """One for each event type that the annotation names."""
+        return [self._handler(function, member) for member in _members(annotation)]
+
+    def _handler(self, function: Callable[..., Any], event_class: Any) -> Handler:
+        name = name_of(function)
+        if not (isinstance(event_class, type) and issubclass(event_class, Event)):
+            raise self.error(f"{name}: takes {event_class}, which is no Event; {self.shape}")
+        kind = event_class.__kind__
+        if kind is None:
+            raise self.error(f"{name}: {event_class.__name__} is abstract; name the event classes with a type")
+        if kind.topic != self.topic:
+            raise self.error(
+                f"{name}: {event_class.__name__} is on topic {kind.topic}, the {self.noun} reads {self.topic}"
+            )
+        try:
+            upcasting.check(event_class)
+        except EventDeclarationError as error:
+            raise self.error(f"{name}: {error}") from error
+        return Handler(event_class, kind, function)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """How to call a handler in messages."""
+    return getattr(function, "__qualname__", repr(function))
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
-"""The consumer: follows topics and keeps caches, as a member of a Kafka consumer group.
+"""The consumer: follows topics, keeps caches and feeds inboxes, as a member of a Kafka consumer group.
 
     Kafka --(FastStream: rebalance)--> lanes: claim, feed, claim again --> apply: one transaction a batch --> PostgreSQL
                                                                              |-> poison: merge, bisect, park
+                                                                             |-> deliver: handlers, park
 
 The group only says who reads which partition. Where reading goes on is a row of `outbox.positions`, moved by the very
 transaction that applies a batch; Kafka's committed offset is for lag tools. Partitions are applied side by side, each
@@ -12,9 +13,11 @@ Guarantees (each stands in the module that keeps it):
 * effects once, in order, by one owner, zombies included: `apply`;
 * work resumes by itself after any error, a rebalance or a kill, and stands still, loudly, only where going on would be
   wrong: a re-created topic, records that Kafka deleted, a full park: `lanes`;
-* a poison event parks its own key: `poison`.
+* a poison event parks its own key: `poison`, `deliver`;
+* an inbox has each message once, also one that comes again elsewhere: `messages`.
 """
 
+import asyncio
 import logging
 import os
 import socket
@@ -22,9 +25,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from outbox import kafka, postgres, retry
 from outbox.cache import Cache
+from outbox.consumer import messages
 from outbox.consumer.apply import Engine, Outcome
+from outbox.consumer.inbox import Inbox
 from outbox.consumer.lanes import State
-from outbox.errors import CacheDeclarationError
+from outbox.errors import CacheDeclarationError, InboxDeclarationError
 from outbox.loop import Loop
 from outbox.postgres import Pool
 from outbox.settings import Settings
@@ -33,13 +38,13 @@ from outbox.upkeep import migrate
 if TYPE_CHECKING:
     from outbox.consumer.rebalance import Membership
 
-__all__ = ["Consumer", "Outcome", "State"]
+__all__ = ["Consumer", "Inbox", "Outcome", "State"]
 
 log = logging.getLogger(__name__)
 
 
 class Consumer(Loop):
-    """Keeps caches up to date; several processes with the same group share the partitions.
+    """Keeps caches up to date and feeds inboxes; several processes with the same group share the partitions.
 
         async with asyncpg.create_pool(dsn) as pool, Consumer(pool, "kafka:9092", agents):
             yield
@@ -48,33 +53,40 @@ class Consumer(Loop):
     """
 
     def __init__(
-        self, db: Pool, kafka: str, *targets: Cache[Any], group: str | None = None, settings: Settings | None = None
+        self,
+        db: Pool,
+        kafka: str,
+        *targets: Cache[Any] | Inbox,
+        group: str | None = None,
+        settings: Settings | None = None,
     ) -> None:
         """A consumer that feeds `targets` in `db` from the Kafka brokers named in `kafka`.
 
         Args:
             db: a pool on the service's database.
             kafka: bootstrap servers.
-            targets: caches; several may read one topic.
+            targets: caches and inboxes; several may read one topic.
             group: consumer group, under which positions are kept too. Where not given, positions are kept under the
-                first target's table, and the group's name has the database's in front, because two services that read
-                a topic may call their tables the same. A target that joins an existing group begins where the group
-                stands: to read from the start it needs a consumer of its own.
+                first target's table or name, and the group's name has the database's in front, because two services
+                that read a topic may call their tables the same. A target that joins an existing group begins where the
+                group stands: to read from the start it needs a consumer of its own.
             settings: from the environment (`SAGABOX_*`) where not given.
 
         Raises:
-            CacheDeclarationError: no target, one without handlers, or two for one table.
+            CacheDeclarationError: no target, a cache without handlers, or two targets of one name.
+            InboxDeclarationError: an inbox without handlers.
         """
         self._settings = settings or Settings()
         super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds)
         _check_targets(targets)
-        self.name = group or targets[0].table
+        self.name = group or _name(targets[0])
         """The consumer's name in outbox.positions."""
         self._group = group
         self._pool = db
         self._servers = kafka
         self._topics = sorted({target.topic for target in targets})
         self._engine = Engine(db, self.name, f"{socket.gethostname()}:{os.getpid()}", targets)
+        self._has_inboxes = any(isinstance(target, Inbox) for target in targets)
         self._membership: Membership | None = None
         self._prepared = False
 
@@ -118,6 +130,18 @@ class Consumer(Loop):
                         await self._prepare()
         except postgres.CONNECTION_ERRORS:
             return  # stopped before the database answered
+        rotating = asyncio.create_task(self._keep_rotating(), name="message ids of inboxes")
+        try:
+            await self._follow()
+        finally:
+            rotating.cancel()
+            await asyncio.wait({rotating})
+
+    async def _keep_rotating(self) -> None:
+        if self._has_inboxes:
+            await messages.keep_rotating(self._pool, self._stopping)
+
+    async def _follow(self) -> None:
         assert self._group is not None
         pauses = retry.backoff()
         while not self._stopping.is_set():
@@ -138,11 +162,21 @@ class Consumer(Loop):
                 await membership.stop()
 
 
-def _check_targets(targets: tuple[Cache[Any], ...]) -> None:
+def _check_targets(targets: tuple[Cache[Any] | Inbox, ...]) -> None:
     if not targets:
-        raise CacheDeclarationError("a consumer needs at least one cache: Consumer(pool, servers, cache)")
+        raise CacheDeclarationError("a consumer needs at least one cache or inbox: Consumer(pool, servers, cache)")
     for target in targets:
-        if not target.handlers:
-            raise CacheDeclarationError(f"cache {target.table} has no handlers; register them with @cache.on first")
-    if len({target.table for target in targets}) < len(targets):
-        raise CacheDeclarationError("two caches name the same table; give each a table of its own")
+        if target.handlers:
+            continue
+        if isinstance(target, Inbox):
+            raise InboxDeclarationError(f"inbox {target.name} has no handlers; register them with @inbox.on first")
+        raise CacheDeclarationError(f"cache {target.table} has no handlers; register them with @cache.on first")
+    if len({_name(target) for target in targets}) < len(targets):
+        raise CacheDeclarationError(
+            "two caches name the same table, or an inbox is called like another one or like a cache's table; "
+            "give each a name of its own"
+        )
+
+
+def _name(target: Cache[Any] | Inbox) -> str:
+    return target.name if isinstance(target, Inbox) else target.table

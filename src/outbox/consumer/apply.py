@@ -30,8 +30,11 @@ from typing import Any, Final, TypeAlias
 
 from outbox import limits, postgres, retry
 from outbox.cache import Cache
-from outbox.consumer.poison import Tally, Target, Work
+from outbox.consumer.deliver import InboxTarget
+from outbox.consumer.inbox import Inbox
+from outbox.consumer.poison import Target as CacheTarget
 from outbox.consumer.record import Arrival, Record, arrival, event_id
+from outbox.consumer.target import Tally, Target, Work
 from outbox.postgres import Pool
 
 SQL: Final = postgres.Statements("outbox", "consumer/apply.sql")
@@ -74,9 +77,9 @@ class Outcome:
 
     Attributes:
         fenced: another process claimed the partition, or this batch was applied before: claim it again.
-        dropped: duplicates, and records before the position.
-        applied: events that took effect on a cache, or were superseded within the batch.
-        unknown: events of types that a cache has no handler for.
+        dropped: duplicates, records before the position, and replayed ones that a cache or inbox does not want.
+        applied: events that took effect on a cache, or were superseded within the batch, or were handled by an inbox.
+        unknown: events of types that a cache or inbox has no handler for.
         parked: events set aside.
         resolved: parked events made irrelevant by full rows.
     """
@@ -111,12 +114,13 @@ class _Batch:
 class Engine:
     """Applies batches for one consumer."""
 
-    def __init__(self, db: Pool, consumer: str, owner: str, caches: Sequence[Cache[Any]]) -> None:
+    def __init__(self, db: Pool, consumer: str, owner: str, targets: Sequence[Cache[Any] | Inbox]) -> None:
         """For the consumer group `consumer`; `owner` names this process to people."""
         self._pool = db
         self._consumer = consumer
         self._owner = owner
-        self._caches = caches
+        self._caches = [target for target in targets if isinstance(target, Cache)]
+        self._inboxes = [target for target in targets if isinstance(target, Inbox)]
         self._targets: dict[str, list[Target]] = {}
         self._tables: list[int] = []
 
@@ -132,11 +136,13 @@ class Engine:
         for cache in self._caches:
             merge = await cache.prepare(self._pool)
             await SQL.register.execute(self._pool, merge.table.oid, cache.table, self._consumer, cache.topic)
-            feeds = [Target(cache, merge, cache.table)]
+            feeds = [CacheTarget(cache, merge, cache.table)]
             if (spare := await SQL.spare.fetchrow(self._pool, cache.table)) is not None:
-                feeds.append(Target(cache, await cache.prepare(self._pool, spare["oid"]), spare["name"]))
+                feeds.append(CacheTarget(cache, await cache.prepare(self._pool, spare["oid"]), spare["name"]))
             targets.setdefault(cache.topic, []).extend(feeds)
             tables += [target.merge.table.oid for target in feeds]
+        for inbox in self._inboxes:  # last, so that what they emit is inserted when all else is done
+            targets.setdefault(inbox.topic, []).append(InboxTarget(inbox))
         self._targets, self._tables = targets, tables
 
     async def database(self) -> str:
@@ -217,7 +223,7 @@ class Engine:
             if record.offset < partition.next_offset:
                 continue
             found = arrival(record)
-            if (at := found.position) is not None:
+            if (at := found.position) is not None and not found.is_replay:  # replayed ones are in no order
                 origin = at[:2]
                 mark = at[2:4]
                 if mark <= (marks.get(origin) or partition.marks.get(origin, _BEFORE_ALL)):
@@ -268,7 +274,7 @@ class Engine:
 
 def _outcome(dropped: int, tallies: Sequence[Tally]) -> Outcome:
     return Outcome(
-        dropped=dropped,
+        dropped=dropped + sum(tally.dropped for tally in tallies),
         applied=sum(tally.applied for tally in tallies),
         unknown=sum(tally.unknown for tally in tallies),
         parked=sum(tally.parked for tally in tallies),

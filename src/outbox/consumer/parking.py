@@ -22,6 +22,9 @@ _CREATED_MS_MAX: Final = 253_402_300_799_000
 _LOGGED_KEYS: Final = 10
 
 
+BEHIND: Final = Fault("Behind", "an earlier event of the key waits")
+
+
 @dataclass(frozen=True, slots=True)
 class Queue:
     """Events of one key that have to wait, in order, and why the first of them does."""

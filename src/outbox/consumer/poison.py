@@ -16,33 +16,20 @@ Guarantees:
 * The park is bounded: past the bound the batch fails with `ParkingFull`, and nothing of it is applied.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from outbox import limits, retry
+from outbox import retry
 from outbox.cache import Cache, Patch, handlers
 from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, newest_log_only
 from outbox.cache.merge import Change, Merge
 from outbox.consumer import parking
-from outbox.consumer.parking import Queue
-from outbox.consumer.record import Arrival, decode, storable
+from outbox.consumer.parking import BEHIND, Queue
+from outbox.consumer.record import Arrival, decode, record_key
+from outbox.consumer.target import Tally
 from outbox.errors import EmitError
-from outbox.event import key_text
 from outbox.postgres import Connection
-
-_BEHIND: Final = Fault("Behind", "an earlier event of the key waits")
-
-
-@dataclass(slots=True)
-class Tally:
-    """What became of events."""
-
-    applied: int = 0
-    unknown: int = 0
-    parked: int = 0
-    resolved: int = 0
 
 
 class Target:
@@ -59,22 +46,26 @@ class Target:
     def work(self, arrivals: Sequence[Arrival], partition: int) -> "Work":
         """Decode and fold a batch; pure, outside of any transaction."""
         steps: dict[str, list[Step]] = {}
-        unknown = 0
+        unknown = dropped = 0
+        adapter = self._cache.shape.adapter(self._cache.key)
         several_logs = len({arrival.position.log_id for arrival in arrivals if arrival.position}) > 1
         for arrival in arrivals:
             handler = self._handlers.get(arrival.event_type) if arrival.event_type is not None else None
             if handler is None:
                 unknown += 1
                 continue
+            if arrival.is_replay and not self._cache.replays:
+                dropped += 1
+                continue
             effect: Effect
             event = decode(arrival, handler.event_class)
             if isinstance(event, Fault):
-                key, effect = self._key_of(arrival, partition), event
+                key, effect = record_key(arrival, partition, adapter), event
             else:
                 try:
                     key = handlers.event_key(handler, event)
                 except EmitError as error:
-                    key, effect = self._key_of(arrival, partition), Fault.of(error)
+                    key, effect = record_key(arrival, partition, adapter), Fault.of(error)
                 else:
                     effect = handlers.call(handler, self._cache.shape, event, key)
             step = Step(effect, arrival.position, arrival)
@@ -84,20 +75,7 @@ class Target:
                 steps[key] = [step]
         if several_logs:
             steps = {key: newest_log_only(of_key) for key, of_key in steps.items()}
-        return Work(self, partition, steps, Tally(unknown=unknown))
-
-    def _key_of(self, arrival: Arrival, partition: int) -> str:
-        """The key of an event that cannot be decoded: the record's, in the form that decoded events have."""
-        raw = arrival.record.key
-        if not raw:
-            return f"offset {arrival.record.offset} of partition {partition}"
-        try:
-            return key_text(self._cache.shape.adapter(self._cache.key).validate_python(raw.decode()))
-        except ValueError:
-            text = storable(raw)
-        if len(text.encode()) <= limits.KEY_MAX_BYTES:
-            return text
-        return f"{text[:100]}... sha256:{hashlib.sha256(raw).hexdigest()}"
+        return Work(self, partition, steps, Tally(unknown=unknown, dropped=dropped))
 
 
 @dataclass(slots=True)
@@ -171,7 +149,7 @@ class _Attempt:
         self.changes = []
         for change in self._work.changes:
             if change.key in self._behind and change.folded.base is None:
-                self._queues[change.key] = Queue(change.key, _BEHIND, self._work.steps[change.key])
+                self._queues[change.key] = Queue(change.key, BEHIND, self._work.steps[change.key])
             else:
                 self.changes.append(change)
 
@@ -207,7 +185,7 @@ class _Attempt:
     async def _one_by_one(self, key: str) -> None:
         """Apply a refused key event by event; from the first refused one on they queue, up to a full row."""
         queue: list[Step] = []
-        fault = _BEHIND
+        fault = BEHIND
         blocked = key in self._behind
         for step in self._work.steps[key]:
             found: Fault | None = None

@@ -4,15 +4,18 @@ Records may come from anybody: headers without a value, bytes that are no text, 
 that may stop a partition; a position that our own relay would not have written counts as none.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+
+from pydantic import TypeAdapter
 
 from outbox import limits, upcasting, wire
 from outbox.cache.fold import Fault
-from outbox.event import Event
+from outbox.event import Event, key_text
 from outbox.wire import Position
 
 _LOG_ID: Final = re.compile(r"[0-9a-f]{1,15}-[0-9a-f]{4}")
@@ -59,6 +62,11 @@ class Arrival:
     events: dict[type[Event], Event | Fault] = field(default_factory=dict)
     """What `decode` made of it, by class."""
 
+    @property
+    def is_replay(self) -> bool:
+        """Whether somebody sent it once more on purpose."""
+        return wire.REPLAY_HEADER in self.headers
+
 
 def arrival(record: Record) -> Arrival:
     """Read a record's headers."""
@@ -73,6 +81,20 @@ def arrival(record: Record) -> Arrival:
         None if position is None else read_position(position),
         1 if version is None else _version(version),
     )
+
+
+def record_key(found: Arrival, partition: int, adapter: TypeAdapter[Any]) -> str:
+    """The key of an event that cannot be decoded: the record's, in the form that decoded events have."""
+    raw = found.record.key
+    if not raw:
+        return f"offset {found.record.offset} of partition {partition}"
+    try:
+        return key_text(adapter.validate_python(raw.decode()))
+    except ValueError:
+        text = storable(raw)
+    if len(text.encode()) <= limits.KEY_MAX_BYTES:
+        return text
+    return f"{text[:100]}... sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
 def decode(found: Arrival, event_class: type[Event]) -> Event | Fault:

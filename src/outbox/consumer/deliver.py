@@ -1,0 +1,273 @@
+"""One inbox's part of a batch: handlers one after the other, and the keys set aside whose events fail.
+
+    BEGIN ... the batch's transaction, with the partition's row locked
+      receive   keep the batch's message ids; what was known is dropped
+      waiting   keys that are parked: their events queue
+      handlers  one event after the other; what they emit is buffered
+      flush     everything emitted, in one INSERT
+      park
+    COMMIT
+
+The fast way takes no savepoint and no statement of ours an event. If a handler raises, or one of its statements is
+refused, all of it is rolled back and done again *carefully*: each event in a savepoint of its own, with its deferred
+constraints checked and its events inserted before the next one. The one that fails is rolled back alone and begins the
+queue of its key; the key's later events, of this batch and of later ones, queue behind it.
+
+Guarantees, and what a crash does to them:
+
+* Effects, emitted events, message ids, parked events and the position commit together. A crash at any line before that
+  leaves nothing of the batch, and it is read again; a crash after it leaves all, and it is not. So handlers may be
+  *called* more than once for an event, while their effects are there once.
+* What a failed event emitted is not published: the buffer follows savepoints, and a batch done again starts empty.
+* A transient error of the database is nobody's fault: the batch is kept. That is one with such an SQLSTATE, also where
+  the handler wrapped it in an exception of its own, a lost connection, or a statement that ran out of time.
+"""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+
+from outbox import postgres, retry
+from outbox.cache import handlers
+from outbox.cache.fold import Fault, Step
+from outbox.cache.handlers import Handler
+from outbox.consumer import parking
+from outbox.consumer.inbox import Inbox
+from outbox.consumer.messages import Messages, message_id
+from outbox.consumer.parking import BEHIND, Queue
+from outbox.consumer.record import Arrival, decode, record_key
+from outbox.consumer.target import Tally
+from outbox.errors import EmitError, HandlerFailed, TransactionClosed
+from outbox.event import Event
+from outbox.postgres import Connection
+from outbox.transaction import Transaction, transaction
+
+SQL: Final = postgres.Statements("outbox", "consumer/deliver.sql")
+
+_CAUSES_MAX: Final = 10
+"""How many wrappings an error is looked through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One event for a handler."""
+
+    handler: Handler
+    event: Event | Fault
+    key: str
+    arrival: Arrival
+
+
+class InboxTarget:
+    """An inbox as a consumer feeds it."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        """With its handlers, as they are now."""
+        self.name: Final = inbox.name
+        self.topic: Final = inbox.topic
+        self.messages: Final = Messages(inbox.name)
+        self._replays = inbox.replays
+        self._handlers = inbox.handlers
+        self._keys = {type_: _key_adapter(handler) for type_, handler in inbox.handlers.items()}
+
+    def work(self, arrivals: Sequence[Arrival], partition: int) -> "InboxWork":
+        """Decode a batch; pure, outside of any transaction."""
+        work = InboxWork(self, partition)
+        for arrival in arrivals:
+            handler = self._handlers.get(arrival.event_type) if arrival.event_type is not None else None
+            if handler is None:
+                work.unknown += 1
+            elif arrival.is_replay and not self._replays:
+                work.dropped += 1
+            else:
+                work.add(self._delivery(handler, arrival, partition))
+        return work
+
+    def _delivery(self, handler: Handler, arrival: Arrival, partition: int) -> Delivery:
+        event = decode(arrival, handler.event_class)
+        if not isinstance(event, Fault):
+            try:
+                return Delivery(handler, event, handlers.event_key(handler, event), arrival)
+            except EmitError as error:
+                event = Fault.of(error)
+        return Delivery(handler, event, record_key(arrival, partition, self._keys[handler.kind.type]), arrival)
+
+
+@dataclass(slots=True)
+class InboxWork:
+    """What a batch brings to one inbox."""
+
+    target: InboxTarget
+    partition: int
+    unknown: int = 0
+    dropped: int = 0
+    deliveries: dict[str, Delivery] = field(default_factory=dict)
+    """By message id; by a text that is none for a message without one."""
+    ids: list[str] = field(default_factory=list)
+
+    def add(self, delivery: Delivery) -> None:
+        """Take one more event; the same message twice in a batch counts once."""
+        arrival = delivery.arrival
+        identity = message_id(arrival.headers, is_ours=arrival.position is not None)
+        if identity is None:
+            self.deliveries[f"offset {arrival.record.offset}"] = delivery
+        elif identity in self.deliveries:
+            self.dropped += 1
+        else:
+            self.deliveries[identity] = delivery
+            self.ids.append(identity)
+
+    async def run(self, connection: Connection, *, waiting: bool, careful: bool) -> Tally:
+        """Call the handlers, and park, in the batch's transaction.
+
+        Raises:
+            HandlerFailed: an event failed; roll back and run carefully.
+        """
+        known = await self.target.messages.receive(connection, self.ids)
+        wanted = [delivery for identity, delivery in self.deliveries.items() if identity not in known]
+        queues = _Queues()
+        if waiting and wanted:
+            keys = list({delivery.key for delivery in wanted})
+            for row in await parking.SQL.waiting.fetch(connection, self.target.name, self.target.topic, keys):
+                queues.open(row["key"], BEHIND)
+        if careful:
+            for delivery in queues.passing(wanted):
+                if (fault := await _alone(connection, delivery)) is not None:
+                    queues.begin(delivery, fault)
+        else:
+            await _together(connection, queues.passing(wanted))
+        parked = 0
+        if filled := queues.filled():
+            parked = await parking.park(connection, self.target.name, self.target.topic, self.partition, filled)
+        return Tally(
+            applied=len(wanted) - parked, unknown=self.unknown, parked=parked, dropped=self.dropped + len(known)
+        )
+
+
+class _Queues:
+    """Keys that wait, with the events of this batch behind them."""
+
+    def __init__(self) -> None:
+        self._faults: dict[str, Fault] = {}
+        self._steps: dict[str, list[Step]] = {}
+
+    def open(self, key: str, fault: Fault) -> None:
+        """From here on the key's events wait."""
+        self._faults[key] = fault
+        self._steps[key] = []
+
+    def begin(self, delivery: Delivery, fault: Fault) -> None:
+        """This event failed."""
+        self.open(delivery.key, fault)
+        self._steps[delivery.key].append(_step(delivery, fault))
+
+    def passing(self, deliveries: Sequence[Delivery]) -> Iterator[Delivery]:
+        """The events to handle, in order; those that cannot be read, and those behind another one, queue meanwhile."""
+        for delivery in deliveries:
+            if (steps := self._steps.get(delivery.key)) is not None:
+                steps.append(_step(delivery, BEHIND))
+            elif isinstance(delivery.event, Fault):
+                self.begin(delivery, delivery.event)
+            else:
+                yield delivery
+
+    def filled(self) -> list[Queue]:
+        """What is to be parked."""
+        return [Queue(key, self._faults[key], steps) for key, steps in self._steps.items() if steps]
+
+
+def _step(delivery: Delivery, fault: Fault) -> Step:
+    return Step(fault, delivery.arrival.position, delivery.arrival)
+
+
+async def _together(connection: Connection, deliveries: Iterator[Delivery]) -> None:
+    """All handlers in one unit of work, whose events are flushed at its end."""
+    async with _unit(connection) as tx:
+        for delivery in deliveries:
+            try:
+                await delivery.handler.function(tx, delivery.event)
+            except Exception as error:
+                if _is_transient(connection, error):
+                    raise
+                raise HandlerFailed(f"{handlers.name_of(delivery.handler.function)}: {error!r}") from error
+            _require_transaction(connection)
+
+
+async def _alone(connection: Connection, delivery: Delivery) -> Fault | None:
+    """One handler in a savepoint; why it failed, if it did.
+
+    Raises:
+        PostgresError, OSError, TimeoutError: transient; nothing is known of the batch any more.
+        TransactionClosed: the handler ended the transaction.
+    """
+    is_lost = False
+    try:
+        async with _unit(connection) as tx:
+            await SQL.begin_event.execute(connection)
+            try:
+                await delivery.handler.function(tx, delivery.event)
+                _require_transaction(connection)
+                await SQL.end_event.execute(connection)
+            except Exception as error:
+                is_lost = _is_transient(connection, error) or await _has_hurt(connection, error)
+                raise
+    except Exception as error:
+        if is_lost or not connection.is_in_transaction() or _is_transient(connection, error):
+            raise
+        return Fault.of(error)
+    return None
+
+
+@asynccontextmanager
+async def _unit(connection: Connection) -> AsyncIterator[Transaction]:
+    """A unit of work inside the batch's transaction.
+
+    Raises:
+        TransactionClosed: a handler ended the transaction, so that what is left to do has nothing to go back to.
+    """
+    try:
+        async with transaction(connection) as tx:
+            yield tx
+    except postgres.PostgresError as error:
+        _require_transaction(connection, error)
+        raise
+
+
+def _require_transaction(connection: Connection, error: BaseException | None = None) -> None:
+    if not connection.is_closed() and not connection.is_in_transaction():
+        raise TransactionClosed(
+            "a handler ended the batch's transaction, so that parts of the batch are committed without the rest: leave "
+            "COMMIT and ROLLBACK to the consumer, and nest outbox.transaction(tx) instead"
+        ) from error
+
+
+def _is_transient(connection: Connection, error: BaseException) -> bool:
+    """Whether the database is in trouble: by an SQLSTATE, wherever in the chain of causes, or by a lost connection."""
+    if connection.is_closed():
+        return True
+    cause: BaseException | None = error
+    for _ in range(_CAUSES_MAX):
+        if cause is None:
+            return False
+        if postgres.sqlstate(cause) is not None and retry.is_transient(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+async def _has_hurt(connection: Connection, error: BaseException) -> bool:
+    """Whether an error that may be anybody's, such as a TimeoutError, is that of a statement; the transaction knows."""
+    if postgres.sqlstate(error) is not None or not retry.is_transient(error):
+        return False
+    try:
+        await SQL.begin_event.execute(connection)
+    except postgres.PostgresError:
+        return True
+    return False
+
+
+def _key_adapter(handler: Handler) -> TypeAdapter[Any]:
+    return handlers.field_adapter(handler.event_class, handler.kind.key_field)

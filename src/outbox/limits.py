@@ -26,6 +26,10 @@ WINDOWS_KEPT: Final = 10_000
 WINDOW_MAX_BYTES: Final = 8_388_608
 BACKLOG_MAX_SECONDS: Final = 60.0
 """How long one snapshot is paged through before another one goes on: an old snapshot keeps VACUUM from its work."""
+RELAY_PARKED_MAX_EVENTS: Final = 1_000_000
+"""Parked events of one shard; rather than park one more, the shard stands still loudly."""
+RELAY_PARKED_FORGET_EVENTS: Final = 1_000
+"""Released and discarded events deleted at a time."""
 GUARD_MAX_RECORDS: Final = 10_000_000
 """Records read by the restore guard before it gives up loudly."""
 WATERMARK_MAX_PARKED: Final = 1_000

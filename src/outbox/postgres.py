@@ -40,6 +40,7 @@ CONNECTION_ERRORS: Final = (
 
 FENCED: Final = "OB001"
 RESTORED: Final = "OB002"
+PARKING_FULL: Final = "OB003"
 TOO_LARGE: Final = "OB010"
 UNDEFINED: Final = frozenset({"3F000", "42P01", "42883"})
 """A schema, table or function does not exist."""

@@ -14,9 +14,9 @@ from uuid import uuid4
 import pytest
 
 import outbox
-from outbox import Pool, crash_sites
+from outbox import Pool, crash_sites, parking
 from outbox.crash_sites import Side
-from outbox.relay import restore
+from outbox.relay import release, restore
 from tests.support.checker import Anomaly
 from tests.support.faults import Fault, eventually
 from tests.support.history import topic_reader
@@ -47,6 +47,11 @@ GROUPS: Final = {
 }
 _NEW_TOPIC: Final = {"kafka.partitions", "kafka.limit", "outbox.relay.topics.pin"}
 _ENDING: Final = {"outbox.relay.lease.release", "kafka.stop", "outbox.relay.window.done"}
+_PARKING: Final = {
+    "outbox.relay.window.park",
+    "outbox.relay.window.released",
+    *(statement.name for statement in release.SQL),
+}
 _IDLE: Final = "from pg_locks where locktype = 'advisory' and classid = 1868724273 and mode = 'ExclusiveLock'"
 
 
@@ -68,7 +73,7 @@ class Scene:
         await self.writers.burst(2 * WINDOW_MAX_EVENTS)
         if fault.site in _NEW_TOPIC:
             await self._emit_to_another_topic()
-        if fault.site == "outbox.relay.window.park":
+        if fault.site in _PARKING:
             await self._poison()
         if fault.site == "outbox.relay.window.replay":
             await self.kill_at(Fault("kafka.send", "before"))  # which leaves something to replay
@@ -86,19 +91,21 @@ class Scene:
         await self.pool.execute("update outbox.shards set lease_until = clock_timestamp()")
 
     async def judge(self) -> None:
-        """A relay that nobody kills finishes; then the whole history is compared with the truth."""
-        relay = self.start()
+        """A relay that nobody kills finishes, parked keys included; then the history is compared with the truth."""
+        relay = self.start(refused_prefix=None)
+        await parking.retry_all(self.pool)
+        await eventually(self._nothing_is_parked, what="all parked keys are free")
         bound = self.kills * WINDOWS_IN_FLIGHT * WINDOW_MAX_EVENTS
         verdict = await self.writers.judge(self.servers, duplicates_max=bound)
         assert await relay.terminate() == 0, relay.log
         assert verdict.valid, verdict.explain()
 
-    def start(self, fault: Fault | None = None) -> RelayProcess:
+    def start(self, fault: Fault | None = None, refused_prefix: str | None = "poison") -> RelayProcess:
         return self.relays.start(
             self.url,
             self.servers,
             fault=fault,
-            refused_prefix="poison",
+            refused_prefix=refused_prefix,
             window_max_events=WINDOW_MAX_EVENTS,
             windows_in_flight=WINDOWS_IN_FLIGHT,
         )
@@ -107,12 +114,16 @@ class Scene:
         return relay.exited.is_set() or bool(await self.pool.fetchval(f"select exists (select {_IDLE})"))
 
     async def _knock_until_dead(self, relay: RelayProcess, fault: Fault) -> None:
-        """Write whenever the relay idles, which wakes it."""
+        """Write whenever the relay idles, which wakes it, and have parked keys tried again."""
         for _ in range(40):
             await eventually(lambda: self._idles(relay), what=f"the relay idles or is dead: {fault}\n{relay.log}")
             if relay.exited.is_set():
                 return
             await self.writers.write(self._rng)
+            await parking.retry_all(self.pool)
+
+    async def _nothing_is_parked(self) -> bool:
+        return not await self.pool.fetchval("select exists (select from outbox.parked_keys)")
 
     async def _poison(self) -> None:
         key = f"poison-{uuid4().hex[:8]}"

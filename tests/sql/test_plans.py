@@ -28,7 +28,7 @@ from outbox import Connection, Pool, Relay
 from outbox.cache import merge, owner, table
 from outbox.consumer import apply, parking
 from outbox.postgres import Snapshot, Statement, Statements
-from outbox.relay import lease, window
+from outbox.relay import lease, release, window
 from outbox.relay.window import Bounds, Span
 from outbox.settings import Settings
 from outbox.upkeep import migrate, status
@@ -46,6 +46,11 @@ PENDING: Final = 2_000
 PENDING_KEYS: Final = 50
 PARKED_KEYS: Final = 300
 """By the relay; consumers have parked twenty times as many."""
+QUEUE: Final = 20
+"""Waiting events of each of them; as many again are over."""
+FLAGGED: Final = 50
+RELEASED: Final[Mapping[str, int]] = {"outbox.parked_events": 6 * 30, "outbox.parked_keys": 2 * FLAGGED}
+"""What a release of thirty events may touch, of the 1,000 that are flagged."""
 WINDOWS: Final = 3_000
 EVENTS_BOUND: Final = int(PENDING * 1.1) + 50
 FEW: Final = 50
@@ -122,9 +127,11 @@ async def load_history(connection: Connection) -> None:
     )
     await connection.execute("update outbox.shards set done_through = $1", WINDOWS)
     await connection.execute(
-        "insert into outbox.parked_keys (parker, topic, key, shard, reason, detail)"
-        " select 'relay', 'topic', 'parked-' || i, 0, 'r', 'd' from generate_series(1, $1::integer) i",
+        "insert into outbox.parked_keys (parker, topic, key, shard, reason, detail, retry_at)"
+        " select 'relay', 'topic', 'parked-' || i, 0, 'r', 'd', case when i <= $2 then now() end"
+        "   from generate_series(1, $1::integer) i",
         PARKED_KEYS,
+        FLAGGED,
     )
     await connection.execute(
         "insert into outbox.parked_keys (parker, topic, key, reason, detail)"
@@ -132,10 +139,18 @@ async def load_history(connection: Connection) -> None:
         PARKED_KEYS,
     )
     await connection.execute(
-        "insert into outbox.parked_events (parker, topic, key, log_id, shard, window_no, ordinal, created_at)"
-        " select 'relay', 'topic', 'parked-' || i % $1::integer, log_id, 0, i / 10 + 1, i % 10 + 1, now()"
-        "   from outbox.logs, generate_series(1, 20 * $1::integer) i where is_current",
+        "insert into outbox.parked_events (parker, topic, key, log_id, shard, window_no, ordinal, position, created_at)"
+        " select 'relay', 'topic', 'parked-' || i % $1::integer, log_id, 0, i / 10 + 1, i % 10 + 1, i, now()"
+        "   from outbox.logs, generate_series(1, $2::integer * $1::integer) i where is_current",
         PARKED_KEYS,
+        QUEUE,
+    )
+    await connection.execute(
+        "insert into outbox.parked_events (parker, topic, key, state, log_id, shard, window_no, ordinal, position,"
+        "                                  release_window_no, release_ordinal, created_at)"
+        " select parker, topic, key, 'released', log_id, shard, window_no, ordinal + 10, position, window_no, ordinal,"
+        "        now()"
+        "   from outbox.parked_events",
     )
 
 
@@ -182,7 +197,7 @@ def relay_statements(connection: Connection, s1: Snapshot, s2: Snapshot) -> dict
         while await cursor.fetch(500):
             pass
 
-    logged = 0, 0, 0, "{}", WINDOWS + 1, span.s1, span.s2, 0, None
+    logged = 0, 0, 0, "{}", WINDOWS + 1, span.s1, span.s2, 0, None, 10**6
     owner = uuid4()
     # log_window looks for a parked key of its shard, then joins the window with those of the relay.
     with_parked = {"outbox.parked_keys": 2 * PARKED_KEYS + FEW, "outbox.parked_events": PENDING}
@@ -197,7 +212,17 @@ def relay_statements(connection: Connection, s1: Snapshot, s2: Snapshot) -> dict
         ),
         "log": Bound(partial(sql.log.fetch, connection, *logged), EVENTS_BOUND, with_parked),
         "park": Bound(
-            partial(sql.park.fetch, connection, 0, 0, "topic", "new-1", WINDOWS, 1, "r", "d"), EVENTS_BOUND, with_parked
+            partial(sql.park.fetch, connection, 0, 0, "topic", "new-1", WINDOWS, 1, "r", "d", 10**6),
+            EVENTS_BOUND,
+            with_parked,
+        ),
+        "released": Bound(partial(sql.released.fetch, connection, 0, 10), others={"outbox.parked_events": 100}),
+        "look for flags": Bound(partial(release.SQL.look.fetch, connection, 0)),
+        "log a release": Bound(
+            partial(release.SQL.log.fetch, connection, 0, 0, 0, "{}", WINDOWS + 1, 30, 10**6), others=RELEASED
+        ),
+        "forget what is over": Bound(
+            partial(release.SQL.forget.fetch, connection, 0, 100), others={"outbox.parked_events": 3 * 100}
         ),
         "done": Bound(partial(sql.done.fetch, connection, 0, 0, 0, "{}")),
         "load": Bound(partial(sql.load.fetch, connection, 0)),
@@ -222,7 +247,7 @@ def status_statements(connection: Connection) -> dict[str, Bound]:
         "status": Bound(
             partial(status.read, connection),
             EVENTS_BOUND,
-            {"outbox.parked_keys": 21 * PARKED_KEYS * 3, "outbox.parked_events": 21 * PARKED_KEYS},
+            {"outbox.parked_keys": 21 * PARKED_KEYS * 3, "outbox.parked_events": 2 * 21 * PARKED_KEYS},
         )
     }
 

@@ -177,7 +177,7 @@ class Writers:
         """Identities that wait in parking."""
         rows = await self.pool.fetch(
             "select convert_from(payload, 'UTF8')::jsonb ->> 'identity' as identity from outbox.parked_events"
-            " where topic = $1",
+            " where topic = $1 and state <> 'released'",
             self.topic,
         )
         return {row["identity"] for row in rows}

@@ -108,6 +108,7 @@ create table outbox.shards (
     next_offsets jsonb not null default '{}',
     start_snapshot pg_snapshot not null,
     start_position bigint not null default 0,
+    parked_events bigint not null default 0,
     constraint shards_shard_check check (shard between 0 and 63),
     constraint shards_done_through_check check (done_through >= 0)
 ) with (fillfactor = 50);
@@ -116,6 +117,7 @@ comment on column outbox.shards.done_through is 'The largest n with all windows 
 comment on column outbox.shards.next_offsets is 'Topic to partition to the Kafka offset after the newest acknowledged record';
 comment on column outbox.shards.start_snapshot is 's1 of the first window of the current log';
 comment on column outbox.shards.start_position is 'Where the position sequence stood when the current log began';
+comment on column outbox.shards.parked_events is 'Events of this shard that wait in parking; bounded, and counted here because counting rows takes long';
 
 create table outbox.windows (
     shard smallint not null references outbox.shards (shard),
@@ -135,6 +137,7 @@ create table outbox.windows (
     constraint windows_positions_check check (after_position >= 0 and through_position > after_position)
 );
 comment on table outbox.windows is 'What was about to be published: write-ahead record, fence and cursor of the relay';
+comment on column outbox.windows.kind is 'log: events in order; release: parked events that name the window, and nothing between its snapshots. Only log windows are a cursor';
 comment on column outbox.windows.s1 is 'The window holds what is visible in s2 and was not in s1';
 comment on column outbox.windows.horizon is 'Where the position sequence stood: what lies beyond was written later, whatever its transaction id says after a restore';
 comment on column outbox.windows.through_position is 'Null: all of (s1, s2] after after_position; else the last position of this page of a backlog';
@@ -155,6 +158,8 @@ create table outbox.parked_keys (
     primary key (parker, topic, key),
     constraint parked_keys_reason_check check (octet_length(reason) between 1 and 255)
 );
+create index idx_parked_keys_shard_retry_at on outbox.parked_keys (shard, retry_at) where parker = 'relay' and retry_at is not null;
+create index idx_parked_keys_parker_retry_at on outbox.parked_keys (parker, topic, partition, retry_at) where retry_at is not null;
 comment on table outbox.parked_keys is 'Keys set aside because one of their events cannot be published or applied';
 comment on column outbox.parked_keys.retry_at is 'When its events are tried again; null: not by itself. `outbox parked retry` sets it';
 comment on column outbox.parked_keys.reason is 'Name of the error, for grouping; detail says the rest';
@@ -187,9 +192,16 @@ create table outbox.parked_events (
 );
 create index idx_parked_events_parker_topic_key on outbox.parked_events (parker, topic, key, id);
 create unique index idx_parked_events_origin on outbox.parked_events (shard, window_no, ordinal) where parker = 'relay';
+create unique index idx_parked_events_release on outbox.parked_events (shard, release_window_no, release_ordinal)
+    where parker = 'relay' and release_window_no is not null;
+create index idx_parked_events_topic_key_position on outbox.parked_events (topic, key, position)
+    where parker = 'relay' and state = 'parked';
+create index idx_parked_events_over on outbox.parked_events (shard, (coalesce(release_window_no, window_no)))
+    where parker = 'relay' and state <> 'parked';
 comment on table outbox.parked_events is 'The events of parked keys in order, with where they came from';
 comment on column outbox.parked_events.release_window_no is 'The window of kind release that published it after all';
-comment on column outbox.parked_events.window_no is 'Origin with ordinal; a replay of that window leaves the event out';
+comment on column outbox.parked_events.window_no is 'Origin with ordinal; a replay of that window leaves the event out. A window of kind release where it was refused once more';
+comment on column outbox.parked_events.state is 'released and discarded ones keep their origin until no window that they belong to can be replayed';
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Emit.
@@ -316,7 +328,7 @@ comment on function outbox.lock_shard is 'The lock under which logging, parking 
 
 create function outbox.log_window(
     p_shard smallint, p_epoch bigint, p_done_through bigint, p_next_offsets jsonb,
-    p_window_no bigint, p_s1 pg_snapshot, p_s2 pg_snapshot, p_after bigint, p_through bigint
+    p_window_no bigint, p_s1 pg_snapshot, p_s2 pg_snapshot, p_after bigint, p_through bigint, p_parked_max bigint default null
 ) returns bigint[] language plpgsql volatile as $$
 declare
     s outbox.shards;
@@ -341,6 +353,7 @@ begin
             returning position
         )
         select coalesce(array_agg(position), '{}') into diverted from moved;
+        perform outbox.count_parked(p_shard, cardinality(diverted), p_parked_max);
     end if;
     perform outbox.mark_done(p_shard, p_done_through, p_next_offsets);
     return diverted;
@@ -366,31 +379,144 @@ begin
 end $$;
 comment on function outbox.log_done is 'Moves done_through where no later window does it on its way';
 
+create function outbox.count_parked(p_shard smallint, p_change integer, p_max bigint default null) returns void
+language plpgsql volatile as $$
+declare
+    waiting bigint;
+begin
+    -- The caller holds the shard row. That somebody deleted rows by hand must not stop a relay: never below zero.
+    update outbox.shards set parked_events = greatest(parked_events + p_change, 0)
+     where shard = p_shard and p_change <> 0
+    returning parked_events into waiting;
+    if p_change > 0 and waiting > p_max then
+        raise exception using errcode = 'OB003',
+            message = format('shard %s would have %s parked events, and may have %s', p_shard, waiting, p_max);
+    end if;
+end $$;
+comment on function outbox.count_parked is 'Counts what a shard has parked; OB003 past the bound, so that nothing is parked';
+
 create function outbox.park(
     p_shard smallint, p_epoch bigint, p_topic text, p_key text, p_window_no bigint, p_ordinal bigint,
-    p_reason text, p_detail text
-) returns integer language plpgsql volatile as $$
+    p_reason text, p_detail text, p_parked_max bigint default null
+) returns bigint language plpgsql volatile as $$
 declare
+    its_kind text;
     moved integer;
 begin
     perform set_config('synchronous_commit', 'on', true);
     perform outbox.lock_shard(p_shard, p_epoch);
-    insert into outbox.parked_keys (parker, topic, key, shard, reason, detail)
-    values ('relay', p_topic, p_key, p_shard, p_reason, p_detail) on conflict (parker, topic, key) do nothing;
+    select w.kind into its_kind from outbox.windows w where w.shard = p_shard and w.window_no = p_window_no;
+    -- Refused once more: what is left of the key waits for a person again.
+    insert into outbox.parked_keys as k (parker, topic, key, shard, reason, detail, attempts)
+    values ('relay', p_topic, p_key, p_shard, p_reason, p_detail, (its_kind is not distinct from 'release')::integer)
+    on conflict (parker, topic, key) do update
+       set reason = excluded.reason, detail = excluded.detail, attempts = k.attempts + 1, retry_at = null
+     where excluded.attempts > 0;
     insert into outbox.parked_events (parker, topic, key, log_id, shard, window_no, ordinal, position, transaction_id,
                                       event_id, event_type, schema_version, headers, payload, created_at)
     select 'relay', r.topic, r.key, w.log_id, p_shard, w.window_no, r.ordinal, r.position, r.transaction_id,
            r.event_id, r.event_type, r.schema_version, r.headers, r.payload, r.created_at
       from outbox.windows w
-     cross join lateral outbox.window_rows(w.shard, w.s1, w.s2, w.after_position, w.through_position) r
-     where w.shard = p_shard and w.kind = 'log' and w.window_no >= p_window_no
+     cross join lateral (
+            select * from outbox.window_rows(w.shard, w.s1, w.s2, w.after_position, w.through_position) l where w.kind = 'log'
+             union all
+            select * from outbox.release_rows(w.shard, w.window_no) l where w.kind = 'release') r
+     where w.shard = p_shard and w.window_no >= p_window_no
        and r.topic = p_topic and r.key = p_key and (w.window_no > p_window_no or r.ordinal >= p_ordinal)
      order by w.window_no, r.ordinal
     on conflict (shard, window_no, ordinal) where parker = 'relay' do nothing;
     get diagnostics moved = row_count;
-    return moved;
+    perform outbox.count_parked(p_shard, moved, p_parked_max);
+    return (select w.window_no from outbox.windows w where w.shard = p_shard order by w.window_no desc limit 1);
 end $$;
-comment on function outbox.park is 'Parks a key from one record on: that record and the key''s later rows of all logged windows';
+comment on function outbox.park is 'Parks a key from one record on: that record and the key''s later rows of all logged windows; returns the last of those windows';
+
+create function outbox.release_rows(p_shard smallint, p_window_no bigint) returns table (
+    ordinal bigint, "position" bigint, transaction_id xid8, topic text, key text, event_id uuid, event_type text,
+    schema_version smallint, headers jsonb, payload bytea, created_at timestamptz
+) language sql stable as $$
+    select e.release_ordinal, e.position, e.transaction_id, e.topic, e.key, e.event_id, e.event_type, e.schema_version,
+           e.headers, e.payload, e.created_at
+      from outbox.parked_events e
+     where e.parker = 'relay' and e.shard = p_shard and e.release_window_no = p_window_no
+$$;
+comment on function outbox.release_rows is 'The rows of a window of kind release';
+
+create function outbox.log_release(
+    p_shard smallint, p_epoch bigint, p_done_through bigint, p_next_offsets jsonb,
+    p_window_no bigint, p_max_events integer, p_max_bytes bigint
+) returns integer language plpgsql volatile as $$
+declare
+    its_log text;
+    due record;
+    found record;
+    taken integer := 0;
+    bytes bigint := 0;
+begin
+    perform set_config('synchronous_commit', 'on', true);
+    perform outbox.lock_shard(p_shard, p_epoch);
+    select l.log_id into strict its_log from outbox.logs l where l.is_current;
+    for due in
+        select k.topic, k.key from outbox.parked_keys k
+         where k.parker = 'relay' and k.shard = p_shard and k.retry_at <= now()
+         order by k.retry_at, k.topic, k.key limit p_max_events
+    loop
+        -- By position: what was refused for a second time came back later than what is to follow it.
+        -- Of a retired log every snapshot of the current one sees the transactions: 3 says so.
+        with first as (
+            select e.id, row_number() over w as place, sum(octet_length(e.payload)) over w as through_bytes
+              from (select p.id, p.position, p.payload from outbox.parked_events p
+                     where p.parker = 'relay' and p.topic = due.topic and p.key = due.key and p.state = 'parked'
+                     order by p.position limit p_max_events - taken) e
+            window w as (order by e.position)
+        ), moved as (
+            update outbox.parked_events e
+               set state = 'released', release_window_no = p_window_no, release_ordinal = taken + f.place,
+                   transaction_id = case when e.log_id = its_log then e.transaction_id else '3' end
+              from first f
+             where e.id = f.id and (bytes + f.through_bytes <= p_max_bytes or taken + f.place = 1)
+            returning octet_length(e.payload) as size
+        )
+        select count(*) as events, coalesce(sum(m.size), 0) as bytes into found from moved m;
+        taken := taken + found.events;
+        bytes := bytes + found.bytes;
+        exit when exists (select from outbox.parked_events p
+                           where p.parker = 'relay' and p.topic = due.topic and p.key = due.key and p.state = 'parked');
+        delete from outbox.parked_keys k where k.parker = 'relay' and k.topic = due.topic and k.key = due.key;
+        exit when taken = p_max_events;
+    end loop;
+    if taken > 0 then
+        -- Between its snapshots lies nothing: it is no part of the log, and no cursor.
+        insert into outbox.windows (shard, window_no, kind, log_id, s1, s2, epoch, horizon)
+        select p_shard, p_window_no, 'release', its_log, n.snapshot, n.snapshot, p_epoch, q.last_value
+          from (select pg_current_snapshot() as snapshot) n cross join outbox.events_position_seq q;
+    end if;
+    perform outbox.count_parked(p_shard, -taken);
+    perform outbox.mark_done(p_shard, p_done_through, p_next_offsets);
+    return taken;
+end $$;
+comment on function outbox.log_release is 'Logs a window of parked events whose keys are to be tried again, first come first; returns how many. A key is free once its last one is in a window';
+
+create function outbox.discard_parked(p_topic text, p_key text) returns bigint language plpgsql volatile as $$
+declare
+    its_shard smallint;
+    gone integer;
+begin
+    select k.shard into its_shard from outbox.parked_keys k where k.parker = 'relay' and k.topic = p_topic and k.key = p_key;
+    -- The lock under which windows are logged: each later one finds the key parked, and its rows among what is discarded,
+    -- or finds it free.
+    perform from outbox.shards s where s.shard = its_shard for no key update;
+    delete from outbox.parked_keys k where k.parker = 'relay' and k.topic = p_topic and k.key = p_key and k.shard = its_shard;
+    if not found then
+        return null;
+    end if;
+    update outbox.parked_events e set state = 'discarded'
+     where e.parker = 'relay' and e.topic = p_topic and e.key = p_key and e.state = 'parked';
+    get diagnostics gone = row_count;
+    perform outbox.count_parked(its_shard, -gone);
+    return gone;
+end $$;
+comment on function outbox.discard_parked is 'Gives up a key''s waiting events and frees the key; returns how many they were, null where it is not parked';
 
 -- ---------------------------------------------------------------------------------------------------------------
 select outbox.open_log(1::smallint, (extract(epoch from clock_timestamp()) * 1000)::bigint);

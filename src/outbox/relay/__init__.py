@@ -15,7 +15,7 @@ Guarantees:
   carry the positions of the first delivery.
 * A zombie cannot log what its successor has not (`lease`), and a restored database publishes nothing until somebody
   says so (`restore`).
-* A key that cannot be published is parked; the others go on (`publish`, `parking`).
+* A key that cannot be published is parked; the others go on (`publish`, `parking`). It comes back in order (`release`).
 """
 
 import asyncio
@@ -94,5 +94,8 @@ class Relay(Loop):
             except (kafka.KafkaError, postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
                 if postgres.sqlstate(error) == postgres.RESTORED:
                     raise RestoreDetected(str(error)) from error
-                log.warning("shard %s: %r; starting again from the log", number, error)
+                if postgres.sqlstate(error) == postgres.PARKING_FULL:
+                    log.critical("%s; the shard stands still: see `outbox parked list`, then retry or discard", error)
+                else:
+                    log.warning("shard %s: %r; starting again from the log", number, error)
                 await retry.pause(next(pauses), self._stopping)

@@ -7,7 +7,8 @@ batch nothing of the partition follows until the same records have been taken.
 What a failure does:
 
 * Kafka refuses a batch for what it contains: the lane halves the batch until one record is found, parks that record's
-  key (in the database, under the shard's lock), leaves the key's later records out, and goes on.
+  key (in the database, under the shard's lock), leaves the key's later records of all windows logged by then out, and
+  goes on. Later windows come without them, or release them.
 * Anything else (a dead broker, an expired batch, a producer fenced or out of sequence): it is not known whether the
   batch was written. The producer is thrown away, another one is made, and the lane goes on at its first unconfirmed
   record. The records carry the same positions, so our consumers drop what arrives twice.
@@ -32,7 +33,8 @@ from outbox.relay.window import Offsets, Origin, Progress, Window
 log = logging.getLogger(__name__)
 
 Entry = tuple[int, Record]
-Park = Callable[[Origin, BaseException], Awaitable[None]]
+Park = Callable[[Origin, BaseException], Awaitable[int]]
+"""Returns the last window from which parking took the key's events."""
 
 _KEYS_REMEMBERED_MAX: Final = 131_072
 _BATCH_MAX_RECORDS: Final = 1_000_000
@@ -74,7 +76,8 @@ class Publisher:
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._lane_of_key: dict[str, dict[str, _Lane]] = {}
         self._type_headers: dict[tuple[str, int], list[wire.Header]] = {}
-        self._parked: set[tuple[str, str]] = set()
+        self._parked: dict[tuple[str, str], int] = {}
+        """Topic and key to the last window from which parking has the key's records."""
         self._open: dict[int, int] = {}
         """Window number to lanes that are not through with it."""
         self._last = 0
@@ -232,7 +235,7 @@ class Publisher:
 
     async def _narrow(self, task: _Task, at: int, following: int, error: BaseException) -> int:
         """After a refused batch: half of it next time, or its only record's key is parked."""
-        live = [entry for entry in task.entries[at:following] if self._key_of(entry) not in self._parked]
+        live = [entry for entry in task.entries[at:following] if not self._is_parked(entry, task.window.number)]
         if len(live) > 1:
             return max(1, (following - at) // 2)
         ordinal, row = live[0]
@@ -240,27 +243,29 @@ class Publisher:
         return 1
 
     async def _park_all(self, task: _Task, at: int, error: BaseException) -> None:
-        for ordinal, row in task.entries[at:]:
-            if (row["topic"], row["key"]) not in self._parked:
-                await self.park(task.window.number, ordinal, row, error)
+        for entry in task.entries[at:]:
+            if not self._is_parked(entry, task.window.number):
+                await self.park(task.window.number, *entry, error)
 
     async def park(self, window_no: int, ordinal: int, row: Record, error: BaseException) -> None:
         """Park a record's key; its later records of all windows are left out from now on."""
         self._lease.check()
         topic, key = row["topic"], row["key"]
         log.error("parked key %r of topic %s: event %s cannot be published: %r", key, topic, row["event_id"], error)
-        await self._park(Origin(window_no, ordinal, topic, key), error)
-        self._parked.add((topic, key))
+        last_window = await self._park(Origin(window_no, ordinal, topic, key), error)
+        if len(self._parked) >= _KEYS_REMEMBERED_MAX:
+            done = self.done_through
+            self._parked = {place: through for place, through in self._parked.items() if through > done}
+        self._parked[topic, key] = last_window
 
-    @staticmethod
-    def _key_of(entry: Entry) -> tuple[str, str]:
-        return entry[1]["topic"], entry[1]["key"]
+    def _is_parked(self, entry: Entry, window_no: int) -> bool:
+        return self._parked.get((entry[1]["topic"], entry[1]["key"]), 0) >= window_no
 
     def _build(self, task: _Task, at: int, limit: int) -> tuple[kafka.Batch, int]:
         """A batch of the entries from `at` on, at most `limit`; the index after its last entry comes back with it."""
         end = min(at + limit, len(task.entries))
         batch = self._producer.batch(is_compressed=end - at >= _COMPRESSED_FROM_RECORDS)
-        entries, prefix = task.entries, task.prefix
+        entries, prefix, number = task.entries, task.prefix, task.window.number
         append, parked, kinds = batch.append, self._parked, self._type_headers
         for index in range(at, end):
             ordinal, row = entries[index]
@@ -269,7 +274,7 @@ class Publisher:
             headers = kinds.get(kind)
             if headers is None:
                 headers = kinds[kind] = wire.type_headers(self._source, *kind)
-            if parked and (topic, key) in parked:
+            if parked and parked.get((topic, key), 0) >= number:
                 continue
             headers = [
                 *headers,

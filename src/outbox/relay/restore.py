@@ -170,6 +170,7 @@ async def adopt(pool: Pool, servers: str) -> Adoption:
             evidence, ends = await look_ahead(connection, servers, counts, known, records_max=None)
             ids = [UUID(ahead.event_id) for ahead in evidence if ahead.event_id is not None]
             left_out = await SQL.leave_out.fetch(connection, ids, timeout=_ADOPTION_TIMEOUT_SECONDS)
+            await SQL.leave_out_parked.execute(connection, ids, timeout=_ADOPTION_TIMEOUT_SECONDS)
             restamped = await SQL.restamp.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)
             await SQL.settle_unfinished.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)
             await SQL.settle_finished.execute(connection, timeout=_ADOPTION_TIMEOUT_SECONDS)

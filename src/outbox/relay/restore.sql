@@ -25,6 +25,23 @@ update outbox.events e set transaction_id = '3'
  where e.event_id = any ($1::uuid[])
 returning e.event_id
 
+-- name: leave_out_parked
+-- Parked events that Kafka has: this copy of the database does not know that they were released. A key that nothing else
+-- waits for is free. Rows: $1. Reads the relay's parked events and keys once.
+with left_out as (
+    update outbox.parked_events e set state = 'discarded'
+     where e.parker = 'relay' and e.state = 'parked' and e.event_id = any ($1::uuid[])
+    returning e.shard, e.topic, e.key
+), counted as (
+    update outbox.shards s set parked_events = greatest(s.parked_events - l.events, 0)
+      from (select shard, count(*) as events from left_out group by shard) l where s.shard = l.shard
+)
+delete from outbox.parked_keys k using (select distinct topic, key from left_out) l
+ where k.parker = 'relay' and k.topic = l.topic and k.key = l.key
+   and not exists (select from outbox.parked_events e
+                    where e.parker = 'relay' and e.topic = k.topic and e.key = k.key and e.state = 'parked'
+                      and e.event_id <> all ($1::uuid[]))
+
 -- name: restamp
 -- Rows not yet logged get this transaction's id: after dump and restore their own may lie below s1. Not logged is what the
 -- last window of the current log (or its start) does not show, and, whatever its id, what got its position later: the

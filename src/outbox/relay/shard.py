@@ -22,9 +22,10 @@ from uuid import UUID
 
 from outbox import clock, errors, kafka, limits, postgres
 from outbox.postgres import Connection, Pool, Record
-from outbox.relay import restore, window
+from outbox.relay import release, restore, window
 from outbox.relay.lease import Lease
 from outbox.relay.publish import Publisher
+from outbox.relay.release import Flags
 from outbox.relay.topics import Topics
 from outbox.relay.wakeup import Wakeup
 from outbox.relay.watermark import Watermarks
@@ -118,6 +119,7 @@ class _Tenure:
         self._topics = Topics(self._pool, self._servers, producer)
         self._watermarks = Watermarks(around.servers, around.settings, lease)
         self._wakeup = Wakeup(connection, lease.shard, self._settings)
+        self._flags = Flags(connection, lease.shard, self._wakeup)
         self._bounds = Bounds(self._settings.window_max_events, self._settings.window_max_bytes)
         self._persisted_through = 0
         self._persist_at: float | None = None
@@ -174,7 +176,7 @@ class _Tenure:
     async def _step(self) -> None:
         """Read once; log and publish what there is, or wait."""
         await self._publisher.room(self._settings.windows_in_flight)
-        if self._stopping.is_set():
+        if self._stopping.is_set() or await self._release():
             return
         await self._watermarks.send_if_done(self._connection, self._log_id, self._publisher)
         await self._watermarks.moment(self._connection, self._log_id)
@@ -204,9 +206,11 @@ class _Tenure:
             if rest is None:
                 return
             await self._publisher.room(self._settings.windows_in_flight)
+            while not self._stopping.is_set() and await self._release():
+                await self._publisher.room(self._settings.windows_in_flight)
 
     async def _page_one_snapshot(self, rest: Span | None) -> Span | None:
-        """A window a page; what is left comes back when the snapshot has become too old or the relay stops."""
+        """A window a page; what is left comes back when the snapshot is too old, keys are due or the relay stops."""
         until = clock.monotonic() + limits.BACKLOG_MAX_SECONDS
         async with (
             window.backlog(self._pool, self._lease.shard, self._cursor, rest) as backlog,
@@ -219,7 +223,7 @@ class _Tenure:
                         await self._publisher.room(self._settings.windows_in_flight)
                 except TimeoutError:
                     return left
-                if self._stopping.is_set() or clock.monotonic() >= until:
+                if self._stopping.is_set() or clock.monotonic() >= until or await self._flags.due():
                     return left
                 await self._log(span, rows)
                 if span.through is None:
@@ -231,16 +235,38 @@ class _Tenure:
         self._lease.check()
         progress = self._publisher.take_progress()
         diverted = await window.log(self._connection, self._lease, self._number + 1, span, progress)
-        self._number += 1
-        self._persisted(progress)
-        if self._number % limits.WINDOWS_KEPT == 0:
-            await window.forget(self._connection, self._lease.shard)
+        await self._logged(progress)
         if span.through is None:
             self._cursor = span.s2
         entries = list(enumerate(rows, 1))
         if diverted:
             entries = [entry for entry in entries if entry[1]["position"] not in diverted]
         await self._submit(Window(self._number, self._log_id, entries))
+
+    async def _release(self) -> bool:
+        """Publish events of parked keys that are to be tried again, as a window of its own; whether there were any."""
+        if not await self._flags.due():
+            return False
+        self._lease.check()
+        progress = self._publisher.take_progress()
+        bounds = self._bounds
+        count = await release.log_window(self._connection, self._lease, self._number + 1, bounds, progress)
+        self._flags.look_again()
+        if not count:
+            self._persisted(progress)
+            return False
+        await self._logged(progress)
+        log.info("shard %s: window %s releases %d parked events", self._lease.shard, self._number, count)
+        entries = await window.released(self._connection, self._lease.shard, self._number)
+        await self._submit(Window(self._number, self._log_id, entries))
+        return True
+
+    async def _logged(self, progress: Progress) -> None:
+        """One more window is in the log."""
+        self._number += 1
+        self._persisted(progress)
+        if self._number % limits.WINDOWS_KEPT == 0:
+            await window.forget(self._connection, self._lease.shard)
 
     async def _submit(self, logged: Window) -> None:
         """Publish a logged window; keys of topics that stay missing are parked first."""
@@ -271,9 +297,9 @@ class _Tenure:
             if count is not None:
                 self._publisher.found(await restore.guard(self._connection, self._servers, {topic: count}, {}))
 
-    async def _park(self, origin: Origin, error: BaseException) -> None:
+    async def _park(self, origin: Origin, error: BaseException) -> int:
         async with postgres.acquire(self._pool) as connection:
-            await window.park(connection, self._lease, origin, error)
+            return await window.park(connection, self._lease, origin, error)
 
     # -------------------------------------------------------------------------------------------- done_through
 

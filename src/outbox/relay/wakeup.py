@@ -34,6 +34,8 @@ class Wakeup:
         self._quiet_seconds = 0.0
         self._notified = asyncio.Event()
         self.idle = False
+        self.called = False
+        """Whether somebody has asked for parked keys to be released since this was last set to False."""
 
     async def listen(self) -> None:
         """LISTEN, before anything is locked or read."""
@@ -48,6 +50,9 @@ class Wakeup:
 
     def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         if payload == str(self._shard):
+            self._notified.set()
+        elif payload == f"{self._shard} parked":
+            self.called = True
             self._notified.set()
 
     def wake(self) -> None:

@@ -192,23 +192,26 @@ async def ahead(pages: AsyncGenerator[T]) -> AsyncGenerator[T]:
 async def unfinished(connection: Connection, shard: int, done_through: int) -> AsyncIterator[Window]:
     """The windows logged and not done, each with what it published or was about to publish."""
     for row in await SQL.unfinished.fetch(connection, shard, done_through):
+        number = row["window_no"]
+        if row["kind"] == "release":
+            yield Window(number, row["log_id"], await released(connection, shard, number))
+            continue
         rows = await SQL.replay.fetch(
-            connection,
-            shard,
-            row["window_no"],
-            row["s1"],
-            row["s2"],
-            row["after_position"],
-            row["through_position"],
+            connection, shard, number, row["s1"], row["s2"], row["after_position"], row["through_position"]
         )
-        yield Window(row["window_no"], row["log_id"], [(entry["ordinal"], entry) for entry in rows])
+        yield Window(number, row["log_id"], [(entry["ordinal"], entry) for entry in rows])
+
+
+async def released(connection: Connection, shard: int, number: int) -> list[tuple[int, Record]]:
+    """What a window of kind release publishes, each row with its ordinal."""
+    return [(row["ordinal"], row) for row in await SQL.released.fetch(connection, shard, number)]
 
 
 async def log(connection: Connection, lease: Lease, number: int, span: Span, progress: Progress) -> Collection[int]:
     """Log a window, and on the way what is done; the positions not to publish, of parked keys, come back."""
     diverted: list[int] = await SQL.log.fetchval(
-        connection, lease.shard, lease.epoch, progress.done_through, _offsets_out(progress.next_offsets),
-        number, span.s1, span.s2, span.after, span.through,
+        connection, lease.shard, lease.epoch, progress.done_through, offsets_out(progress.next_offsets),
+        number, span.s1, span.s2, span.after, span.through, limits.RELAY_PARKED_MAX_EVENTS,
     )  # fmt: skip
     return frozenset(diverted)
 
@@ -216,7 +219,7 @@ async def log(connection: Connection, lease: Lease, number: int, span: Span, pro
 async def log_done(connection: Connection, lease: Lease, progress: Progress) -> None:
     """Persist what is done."""
     await SQL.done.execute(
-        connection, lease.shard, lease.epoch, progress.done_through, _offsets_out(progress.next_offsets)
+        connection, lease.shard, lease.epoch, progress.done_through, offsets_out(progress.next_offsets)
     )
 
 
@@ -226,12 +229,16 @@ async def forget(connection: Connection, shard: int) -> None:
 
 
 async def park(connection: Connection, lease: Lease, origin: Origin, error: BaseException) -> int:
-    """Park a key from one record of a logged window on; how many events were set aside comes back."""
-    moved: int = await SQL.park.fetchval(
+    """Park a key from one record of a logged window on.
+
+    Returns the last window logged by then: up to there parking has the key's events, and later windows are logged
+    without those that wait.
+    """
+    last_window: int = await SQL.park.fetchval(
         connection, lease.shard, lease.epoch, origin.topic, origin.key, origin.window_no, origin.ordinal,
-        type(error).__name__, str(error)[: limits.PARKED_DETAIL_MAX_CHARACTERS],
+        type(error).__name__, str(error)[: limits.PARKED_DETAIL_MAX_CHARACTERS], limits.RELAY_PARKED_MAX_EVENTS,
     )  # fmt: skip
-    return moved
+    return last_window
 
 
 def _offsets_in(text: str) -> Offsets:
@@ -241,5 +248,6 @@ def _offsets_in(text: str) -> Offsets:
     }
 
 
-def _offsets_out(offsets: Mapping[str, Mapping[int, int]]) -> str:
+def offsets_out(offsets: Mapping[str, Mapping[int, int]]) -> str:
+    """As outbox.mark_done takes them."""
     return json.dumps(offsets)

@@ -22,7 +22,7 @@ select s.done_through, s.start_snapshot, s.next_offsets::text, l.log_id, l.ordin
 
 -- name: unfinished
 -- Windows to publish again. Rows: windows in flight at the crash, by primary key.
-select window_no, log_id, s1, s2, after_position, through_position
+select window_no, kind, log_id, s1, s2, after_position, through_position
   from outbox.windows where shard = $1 and window_no > $2 order by window_no
 
 -- name: read
@@ -68,9 +68,19 @@ select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_t
                     where p.parker = 'relay' and p.shard = $1 and p.window_no = $2 and p.ordinal = r.ordinal)
  order by r.ordinal
 
+-- name: released
+-- The rows of a logged window of kind release but those that parking took back. Rows: window_max_events, by
+-- idx_parked_events_release and idx_parked_events_origin.
+select r.position, r.transaction_id, r.topic, r.key, r.event_id::text, r.event_type, r.schema_version, r.headers::text,
+       r.payload, (date_part('epoch', r.created_at) * 1000)::bigint as created_at, r.ordinal
+  from outbox.release_rows($1, $2) r
+ where not exists (select from outbox.parked_events p
+                    where p.parker = 'relay' and p.shard = $1 and p.window_no = $2 and p.ordinal = r.ordinal)
+ order by r.ordinal
+
 -- name: log
 -- Locks the shard row; see outbox.log_window. Rows: 1.
-select outbox.log_window($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9)
+select outbox.log_window($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10)
 
 -- name: done
 -- Locks the shard row; see outbox.log_done. Rows: 1.
@@ -86,4 +96,4 @@ delete from outbox.windows w using outbox.shards s
 
 -- name: park
 -- Locks the shard row; see outbox.park. Rows: one key's rows of the windows in flight.
-select outbox.park($1, $2, $3, $4, $5, $6, $7, $8)
+select outbox.park($1, $2, $3, $4, $5, $6, $7, $8, $9)

@@ -98,6 +98,14 @@ class PageRefused(OutboxError):
     """A page of the owner is older than what was forgotten since it was read; read it again."""
 
 
+class RebuildBusy(OutboxError):
+    """Another process rebuilds this table; it goes on with that, or take over when that has stopped."""
+
+
+class GenerationUnfit(OutboxError):
+    """A cache cannot be rebuilt into a new generation, or has none; says why, and what to do instead."""
+
+
 class OwnerRowInvalid(OutboxError, ValueError):
     """A row that the owner sent does not fit the cache's row class."""
 

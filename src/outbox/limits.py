@@ -80,6 +80,21 @@ OWNER_RETRY_SECONDS: Final = 30.0
 OWNER_SCAN_SECONDS: Final = 600.0
 """For a statement that may read all rows of an owner or a cache."""
 
+# Rebuilding and reconciling.
+REBUILD_LEASE_SECONDS: Final = 15.0
+"""How long a rebuild belongs to a process without a sign of life."""
+BOOTSTRAP_LOOK_SECONDS: Final = 60.0
+"""Between two looks of a consumer at whether its caches hold all of their owner's present log."""
+SWAP_LOCK_SECONDS: Final = 0.25
+"""How long a swap of generations may make readers wait before it gives way and tries again."""
+SWAP_TRY_SECONDS: Final = 120.0
+RECONCILE_GRACE_SECONDS: Final = 5.0
+"""Between two looks at a row that differs: what is on its way arrives meanwhile."""
+RECONCILE_KEYS: Final = 100
+"""Compared and repaired at a time."""
+RECONCILE_LISTED: Final = 1_000
+"""Drifted keys that a report names."""
+
 # Waiting.
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 STATEMENT_TIMEOUT_SECONDS: Final = 30.0

@@ -16,6 +16,7 @@ any events: which of the two is newer is decided by whether the page's snapshot 
 A crash at any line leaves nothing of the page. A page that is merged twice has the same effect as once.
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -126,11 +127,19 @@ class Pages:
                 )
             await SQL.lock_alone.execute(connection, name)
             page_id = await SQL.open.fetchval(
-                connection, oid, page.log, page.snapshot, bounds is not None, after, through
+                connection,
+                oid,
+                page.log,
+                page.snapshot,
+                bounds is not None,
+                after,
+                through,
+                self._merge.table.full_name,
             )
             if page_id is None:
                 raise PageRefused(
-                    f"cache {name}: a page of log {page.log} is older than what was forgotten; read it again"
+                    f"cache {name}: a page of log {page.log} is older than what was forgotten, or the cache has "
+                    "another table now; prepare for its table and read it again"
                 )
             found = await self._statement.fetchrow(connection, oid, page_id, document, keys)
             assert found is not None, "two counts are one row"
@@ -141,8 +150,9 @@ class Pages:
         return merged
 
     def _validated(self, page: Page) -> list[BaseModel]:
+        rows = [self._with_bytes(row) for row in page.rows] if self._merge.table.binary else page.rows
         try:
-            return self._rows.validate_python(page.rows)
+            return self._rows.validate_python(rows)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             index, *field = first["loc"]
@@ -152,6 +162,15 @@ class Pages:
                 f"{first['msg']} ({error.error_count()} problems in the page); let the owner's query return what the "
                 "row class takes, or change the row class"
             ) from None
+
+    def _with_bytes(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Bytes come as PostgreSQL writes them in JSON, in hexadecimal digits; pydantic would take those for text."""
+        found = {}
+        for name in self._merge.table.binary & row.keys():
+            if isinstance(value := row[name], str) and value.startswith("\\x"):
+                with contextlib.suppress(ValueError):  # then the row class says what is wrong with it
+                    found[name] = bytes.fromhex(value[2:])
+        return {**row, **found} if found else row
 
     async def _void_parked(
         self, connection: Connection, page: Page, after: str | None, through: str | None, keys: list[str] | None

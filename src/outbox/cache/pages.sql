@@ -10,11 +10,12 @@ select pg_advisory_xact_lock(1868724274, hashtext($1))
 
 -- name: open
 -- Records a page, and the range of keys that it speaks for; nothing comes back where the page is older than what was
--- forgotten of its log, or its log is older than that. Rows: 1 of pages, 1 of page_ranges.
+-- forgotten of its log, or its log is older than that, or where the table is not called $7 any more, because generations
+-- were swapped. Rows: 1 of pages, 1 of page_ranges.
 with recorded as (
     insert into outbox.pages (cache, log_id, snapshot)
     select c.cache, $2, $3::text::pg_snapshot from outbox.caches c
-     where c.cache = $1::oid
+     where c.cache = $1::oid and c.cache = to_regclass($7)
        and (c.floor_log is null or outbox.log_ordinal($2) > outbox.log_ordinal(c.floor_log)
             or $2 = c.floor_log and pg_snapshot_xmin($3::text::pg_snapshot) >= c.floor_xid)
     returning id, cache

@@ -49,7 +49,7 @@ class Reader(Generic[Row]):
             WaitTimeout: it does not in `timeout` seconds.
         """
         log_id = receipt.log_id
-        seen = (self._table.oid, log_id, position, str(receipt.transaction_id))
+        seen = (self._table.full_name, log_id, position, str(receipt.transaction_id))
         deadline = clock.monotonic() + timeout
         pause = limits.WAIT_POLL_MIN_SECONDS
         while True:

@@ -68,6 +68,7 @@ class Table:
         read: declared columns that readers get; `last_synced_at` too, where it is declared.
         json: columns whose values travel as JSON text.
         exact: columns whose values JSON cannot carry in every case: bytes, and numbers that are not finite.
+        binary: of them, those of bytes.
     """
 
     oid: int
@@ -79,13 +80,19 @@ class Table:
     read: tuple[str, ...]
     json: frozenset[str]
     exact: frozenset[str]
+    binary: frozenset[str]
+
+    @property
+    def full_name(self) -> str:
+        """Schema and name, quoted."""
+        return f"{quote(self.schema)}.{quote(self.name)}"
 
     def compose(self, template: Statement) -> Statement:
         """A statement for this table out of a template; it keeps the template's name as its crash site."""
         written = (*self.columns, *RUNTIME)
         changing = tuple(column for column in written if column != self.key)
         slots = {
-            "table": f"{quote(self.schema)}.{quote(self.name)}",
+            "table": self.full_name,
             "key": quote(self.key),
             "key_type": _WIDEST[self.key_type],
             "key_order": ' collate "C"' if self.key_type is str else "",
@@ -164,6 +171,7 @@ async def find_by_oid(db: Connection | Pool, row: type[BaseModel], table: str, k
         read=fields,
         json=frozenset(name for name in fields if columns[name]["type"] in _JSON),
         exact=frozenset(name for name in fields if columns[name]["type"] in {"bytea", "float4", "float8", "numeric"}),
+        binary=frozenset(name for name in fields if columns[name]["type"] == "bytea"),
     )
 
 

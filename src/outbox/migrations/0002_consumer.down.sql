@@ -1,4 +1,7 @@
 -- Caches keep their rows; how far they were applied is forgotten, so a later consumer reads its topics from the start.
+drop function outbox.drop_generation(text);
+drop function outbox.swap_generations(text);
+drop function outbox.create_generation(regclass, text);
 drop function outbox.unprepare_cache(regclass);
 drop function outbox.prepare_cache(regclass);
 drop function outbox.hold_caches(text[]);

@@ -220,3 +220,108 @@ begin
     delete from outbox.caches where cache = cache_table;
 end $$;
 comment on function outbox.unprepare_cache is 'Takes back what prepare_cache added, but for last_synced_at; for the down migration of a table that stays';
+
+-- ---------------------------------------------------------------------------------------------------------------
+-- Generations of a cache: a second table is filled beside the live one, then the two swap their names.
+create function outbox.create_generation(p_live regclass, p_name text) returns regclass language plpgsql volatile as $$
+declare
+    live record;
+    made regclass;
+    granted record;
+begin
+    select n.nspname, c.reloptions, c.relpersistence, c.relowner::regrole::text as owner, c.relowner, c.relacl,
+           obj_description(c.oid, 'pg_class') as remark
+      into strict live from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = p_live;
+    execute format('create %s table %I.%I (like %s including all)',
+                   case live.relpersistence when 'u' then 'unlogged' else '' end, live.nspname, p_name, p_live);
+    made := format('%I.%I', live.nspname, p_name)::regclass;
+    if live.reloptions is not null then
+        execute format('alter table %s set (%s)', made, array_to_string(live.reloptions, ', '));
+    end if;
+    execute format('comment on table %s is %L', made, live.remark);
+    execute format('alter table %s owner to %s', made, live.owner);
+    -- Default privileges may have granted more than the live table grants.
+    for granted in
+        select distinct a.grantee from pg_class c cross join aclexplode(c.relacl) a
+         where c.oid = made and a.grantee <> live.relowner
+    loop
+        execute format('revoke all on %s from %s', made,
+                       case granted.grantee when 0 then 'public' else granted.grantee::regrole::text end);
+    end loop;
+    for granted in
+        select a.grantee, a.privilege_type as privilege, a.is_grantable, null::name as attname
+          from aclexplode(live.relacl) a
+        union all
+        select a.grantee, a.privilege_type, a.is_grantable, t.attname
+          from pg_attribute t cross join aclexplode(t.attacl) a where t.attrelid = p_live and not t.attisdropped
+    loop
+        execute format('grant %s %s on %s to %s %s', granted.privilege,
+                       case when granted.attname is not null then format('(%I)', granted.attname) else '' end, made,
+                       case granted.grantee when 0 then 'public' else granted.grantee::regrole::text end,
+                       case when granted.is_grantable then 'with grant option' else '' end);
+    end loop;
+    return made;
+end $$;
+comment on function outbox.create_generation is 'An empty table that can take the place of a cache''s: columns, indexes, constraints, owner, rights';
+
+create function outbox.swap_generations(p_cache text) returns void language plpgsql volatile as $$
+declare
+    live regclass;
+    spare regclass;
+    live_name name;
+    spare_name name;
+    between constant text := 'outbox_swap_' || gen_random_uuid();
+begin
+    -- The caller holds the cache's lock alone, so that no batch is open that knows the tables by their former names.
+    select c.cache into strict live from outbox.caches c where c.name = p_cache and c.role = 'live';
+    select c.cache into strict spare from outbox.caches c where c.name = p_cache and c.role = 'spare';
+    select c.relname into strict live_name from pg_class c where c.oid = live;
+    select c.relname into strict spare_name from pg_class c where c.oid = spare;
+    execute format('alter table %s rename to %I', live, between);
+    execute format('alter table %s rename to %I', spare, live_name);
+    execute format('alter table %s rename to %I', live, spare_name);
+    update outbox.caches c set name = between where c.cache = live;
+    update outbox.caches c set role = 'live', updated_at = clock_timestamp() where c.cache = spare;
+    update outbox.caches c set name = p_cache, role = 'spare', updated_at = clock_timestamp() where c.cache = live;
+    -- What waits for a table goes with the table.
+    update outbox.parked_keys k set parker = between where k.parker = p_cache;
+    update outbox.parked_keys k set parker = p_cache where k.parker = spare_name;
+    update outbox.parked_keys k set parker = spare_name where k.parker = between;
+    update outbox.parked_events e set parker = between where e.parker = p_cache;
+    update outbox.parked_events e set parker = p_cache where e.parker = spare_name;
+    update outbox.parked_events e set parker = spare_name where e.parker = between;
+    delete from outbox.rebuilds r where r.cache = live;
+end $$;
+comment on function outbox.swap_generations is 'The spare table of a cache becomes the live one and the other way round; once more swaps back';
+
+create function outbox.drop_generation(p_cache text) returns void language plpgsql volatile as $$
+declare
+    live regclass;
+    spare regclass;
+    rename text;
+    renames text[];
+begin
+    select c.cache into strict spare from outbox.caches c where c.name = p_cache and c.role = 'spare';
+    select c.cache into strict live from outbox.caches c where c.name = p_cache and c.role = 'live';
+    -- Indexes that are alike, in the order of their creation: the live table gets the names that migrations know.
+    with indexes as (
+        select i.indrelid, i.indexrelid, c.relname, i.indisunique, d.definition,
+               row_number() over (partition by i.indrelid, i.indisunique, d.definition order by i.indexrelid) as place
+          from pg_index i
+          join pg_class c on c.oid = i.indexrelid
+         cross join lateral (select regexp_replace(pg_get_indexdef(i.indexrelid), '^.*? USING ', '') as definition) d
+         where i.indrelid in (live, spare)
+    )
+    select array_agg(format('alter index %s rename to %I', l.indexrelid::regclass, s.relname)) into renames
+      from indexes l join indexes s using (indisunique, definition, place)
+     where l.indrelid = live and s.indrelid = spare and l.relname <> s.relname;
+    delete from outbox.parked_events e using pg_class c where c.oid = spare and e.parker = c.relname;
+    delete from outbox.parked_keys k using pg_class c where c.oid = spare and k.parker = c.relname;
+    delete from outbox.tombstones t where t.cache = spare;
+    delete from outbox.caches c where c.cache = spare;
+    execute format('drop table %s', spare);
+    foreach rename in array coalesce(renames, '{}') loop
+        execute rename;
+    end loop;
+end $$;
+comment on function outbox.drop_generation is 'Drops the spare table of a cache with all that is known of it; the indexes of the live one get its names';

@@ -18,6 +18,8 @@ from outbox.errors import (
     ParkingFull,
     RecordTooLarge,
     RestoreDetected,
+    Stale,
+    StaleReason,
     WaitTimeout,
 )
 from outbox.event import Event, Key
@@ -58,6 +60,8 @@ __all__ = [
     "Relay",
     "RestoreDetected",
     "SqlOwner",
+    "Stale",
+    "StaleReason",
     "Transaction",
     "WaitTimeout",
     "transaction",

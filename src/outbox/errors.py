@@ -1,5 +1,8 @@
 """The error tree. Each error says what is wrong and what to do next."""
 
+import enum
+from typing import Final
+
 
 class OutboxError(Exception):
     """Root of everything that this package raises on purpose."""
@@ -116,6 +119,41 @@ class InboxDeclarationError(OutboxError, TypeError):
 
 class HandlerFailed(OutboxError, ValueError):
     """A handler of an inbox raised: its batch is rolled back and done again, carefully, as with any refused value."""
+
+
+class StaleReason(enum.StrEnum):
+    """Why a row is not known to be as fresh as was asked for."""
+
+    UNKNOWN = enum.auto()
+    """No relay of the topic's owner has been heard of, or not all of its shards."""
+    INCOMPLETE = enum.auto()
+    """The owner's log is a new one, or the cache has not been filled: older rows may be missing."""
+    PARKED = enum.auto()
+    """An event of this key waits in parking."""
+    BEHIND = enum.auto()
+    """The owner's relay, Kafka or this service's consumer is behind."""
+
+
+_STALE_REMEDIES: Final = {
+    StaleReason.UNKNOWN: "does the owner's relay write watermarks, and does this service's consumer run?",
+    StaleReason.INCOMPLETE: "run: outbox cache rebuild",
+    StaleReason.PARKED: "see: outbox parked show KEY, here and at the owner",
+    StaleReason.BEHIND: "does the owner's relay run? See `outbox status` on both sides, or ask for less",
+}
+
+
+class Stale(OutboxError):
+    """The cache is not known to be as fresh as was asked for, and there is no owner to ask.
+
+    Attributes:
+        lag_seconds: how old the cache may be; `math.inf` where nothing is known.
+        reason: why this row is not believed.
+    """
+
+    def __init__(self, cache: str, key: str, lag_seconds: float, reason: StaleReason) -> None:
+        super().__init__(f"cache {cache}: {key} is {reason}, {lag_seconds:.1f} s old; {_STALE_REMEDIES[reason]}")
+        self.lag_seconds = lag_seconds
+        self.reason = reason
 
 
 class ParkingFull(OutboxError):

@@ -44,7 +44,7 @@ UNPUBLISHABLE: Final = (
 
 _SITES: Final = {
     name: crash_sites.register(f"kafka.{name}")
-    for name in ("start", "send", "partitions", "stop", "ends", "tail", "limit", "create")
+    for name in ("start", "send", "partitions", "stop", "ends", "tail", "poll", "limit", "create")
 }
 _START_TIMEOUT_SECONDS: Final = 20.0
 _NOT_COMPRESSED: Final = 0
@@ -258,15 +258,15 @@ async def _abort(producer: aiokafka.AIOKafkaProducer) -> None:
 
 
 class Tail:
-    """Reads topics from an offset to their present end, without a consumer group."""
+    """Reads topics without a consumer group: from an offset to their present end, or on and on."""
 
-    def __init__(self, servers: str) -> None:
-        """For `servers`."""
+    def __init__(self, servers: str, *, wait_seconds: float = 0.05) -> None:
+        """For `servers`, which hold a fetch for `wait_seconds` while there is nothing new."""
         self._consumer = aiokafka.AIOKafkaConsumer(
             bootstrap_servers=servers,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            fetch_max_wait_ms=50,
+            fetch_max_wait_ms=int(wait_seconds * 1000),
         )
 
     async def __aenter__(self) -> Self:
@@ -294,6 +294,18 @@ class Tail:
         end = await self._consumer.end_offsets(partitions)
         await crash_sites.visit(_SITES["ends"], "after")
         return {p.partition: (first[p], end[p]) for p in partitions}
+
+    def go_to(self, topic: str, partition: int, offset: int) -> None:
+        """Let `poll` go on there."""
+        self._consumer.assign([TopicPartition(topic, partition)])
+        self._consumer.seek(TopicPartition(topic, partition), offset)
+
+    async def poll(self, wait_seconds: float) -> list[ConsumerRecord]:
+        """The next records, as soon as there are any; none after `wait_seconds`."""
+        await crash_sites.visit(_SITES["poll"], "before")
+        found = await self._consumer.getmany(timeout_ms=int(wait_seconds * 1000))
+        await crash_sites.visit(_SITES["poll"], "after")
+        return [record for records in found.values() for record in records]
 
     async def read(self, topic: str, ranges: Mapping[int, tuple[int, int]]) -> AsyncIterator[ConsumerRecord]:
         """Every record of the given partitions from the first offset to before the second."""

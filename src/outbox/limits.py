@@ -51,6 +51,14 @@ LAST_RECORD_TIMEOUT_SECONDS: Final = 10.0
 """For reading the last applied record again; where it is gone, Kafka never answers."""
 HALTED_LOOK_SECONDS: Final = 2.0
 """Between two looks of a partition that stands still at whether it may go on."""
+WATERMARKS_READ_AT_START: Final = 1_000
+WATERMARKS_PENDING_MAX: Final = 64
+"""Of a shard, waiting to be applied; of more, every other one is dropped."""
+FORGET_EVERY_SECONDS: Final = 10.0
+FORGET_AFTER_SECONDS: Final = 60.0
+"""What pages and deletions left behind stays this long at least."""
+FORGET_MAX_ROWS: Final = 5_000
+"""Pages and deletions dropped at a time, while the cache's batches wait."""
 COMMIT_EVERY_SECONDS: Final = 5.0
 """Between two advisory commits of offsets to Kafka."""
 BATCH_TIMEOUT_SECONDS: Final = 120.0
@@ -73,6 +81,8 @@ OWNER_ANSWER_MAX_BYTES: Final = 67_108_864
 """Read from an owner over HTTP before it is given up."""
 OWNER_KEYS_MAX: Final = 10_000
 """Keys in one question to an owner."""
+OWNER_ASKED_AT_ONCE: Final = 16
+"""Questions at a time to an owner that takes one key each, for rows that are stale."""
 OWNER_TIMEOUT_SECONDS: Final = 10.0
 """For one answer over HTTP."""
 OWNER_RETRY_SECONDS: Final = 30.0

@@ -30,10 +30,10 @@ from outbox.cache import handlers, table
 from outbox.cache.effects import DELETE, Delete, Patch
 from outbox.cache.fold import Fault, Step
 from outbox.cache.fold import fold as fold_key
+from outbox.cache.freshness import FreshReader
 from outbox.cache.handlers import Handler, Shape
 from outbox.cache.merge import Merge
 from outbox.cache.owner import Owner
-from outbox.cache.read import Reader
 from outbox.errors import CacheDeclarationError
 from outbox.event import Event, key_text, kind_of
 from outbox.postgres import Connection, Pool
@@ -81,7 +81,7 @@ class Cache(Generic[Row]):
         self.shape: Final = Shape(row, key)
         self.handlers: Final[dict[str, Handler]] = {}
         """By event type."""
-        self._reader: Reader[Row] | None = None
+        self._reader: FreshReader[Row] | None = None
 
     def on(self, handler: Callable[[E], Row | Patch | Delete]) -> Callable[[E], Row | Patch | Delete]:
         """Register a handler for the event types in its annotation: one event class, or a union of them.
@@ -101,22 +101,38 @@ class Cache(Generic[Row]):
             self.handlers[found.kind.type] = found
         return handler
 
-    async def get(self, db: Db, key: CacheKey) -> Row | None:
-        """The row of a key, as the cache has it now."""
-        target = _target(db)
-        return await (await self._prepared(target)).one(target, self._key_text(key))
+    async def get(self, db: Db, key: CacheKey, *, fresh_within: Duration | None = None) -> Row | None:
+        """The row of a key, as the cache has it now; with `fresh_within`, known to be at most that old.
 
-    async def get_many(self, db: Db, keys: Iterable[CacheKey]) -> list[Row]:
+        Where the cache cannot tell, its owner is asked, if it has one.
+
+        Raises:
+            Stale: the row may be older, and there is no owner to ask.
+            OwnerError: there is one, and it does not answer.
+        """
+        target, text = _target(db), self._key_text(key)
+        reader = await self._prepared(target)
+        if fresh_within is None:
+            return await reader.one(target, text)
+        return await reader.fresh_one(target, text, _seconds(fresh_within))
+
+    async def get_many(self, db: Db, keys: Iterable[CacheKey], *, fresh_within: Duration | None = None) -> list[Row]:
         """The rows of these keys that exist, in no order; at most `limits.GET_MANY_MAX_KEYS` keys.
+
+        With `fresh_within` each is known to be at most that old; the owner is asked for those that are not.
 
         Raises:
             ValueError: more keys than that.
+            Stale, OwnerError: as `get` raises them.
         """
         texts = {self._key_text(key) for key in keys}
         if len(texts) > limits.GET_MANY_MAX_KEYS:
             raise ValueError(f"get_many takes at most {limits.GET_MANY_MAX_KEYS} keys, not {len(texts)}: ask in parts")
         target = _target(db)
-        return await (await self._prepared(target)).many(target, texts)
+        reader = await self._prepared(target)
+        if fresh_within is None:
+            return await reader.many(target, texts)
+        return await reader.fresh_many(target, texts, _seconds(fresh_within))
 
     async def wait_for(self, db: Db, key: CacheKey, receipt: Receipt | str, *, timeout: Duration) -> Row | None:
         """The row of a key once it has seen the transaction of a receipt; None if that deleted it.
@@ -170,9 +186,10 @@ class Cache(Generic[Row]):
             found = await table.find_by_oid(db, self.row, self.table, self.key, oid)
         return Merge(self.shape, found)
 
-    async def _prepared(self, db: Pool | Connection) -> Reader[Row]:
+    async def _prepared(self, db: Pool | Connection) -> FreshReader[Row]:
         if self._reader is None:
-            self._reader = Reader(self.table, self.row, await table.find(db, self.row, self.table, self.key))
+            found = await table.find(db, self.row, self.table, self.key)
+            self._reader = FreshReader(self.table, self.row, found, self.owner)
         return self._reader
 
     def _key_text(self, key: CacheKey) -> str:

@@ -14,7 +14,8 @@ Guarantees (each stands in the module that keeps it):
 * work resumes by itself after any error, a rebalance or a kill, and stands still, loudly, only where going on would be
   wrong: a re-created topic, records that Kafka deleted, a full park: `lanes`;
 * a poison event parks its own key: `poison`, `deliver`;
-* an inbox has each message once, also one that comes again elsewhere: `messages`.
+* an inbox has each message once, also one that comes again elsewhere: `messages`;
+* how fresh all this is, is known, and by whose word: `watermarks`.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from outbox.consumer import messages
 from outbox.consumer.apply import Engine, Outcome
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.lanes import State
+from outbox.consumer.watermarks import Watermarks
 from outbox.errors import CacheDeclarationError, InboxDeclarationError
 from outbox.loop import Loop
 from outbox.postgres import Pool
@@ -130,12 +132,17 @@ class Consumer(Loop):
                         await self._prepare()
         except postgres.CONNECTION_ERRORS:
             return  # stopped before the database answered
-        rotating = asyncio.create_task(self._keep_rotating(), name="message ids of inboxes")
+        watermarks = Watermarks(self._pool, self._servers, self.name, self._topics, self._settings)
+        beside = {
+            asyncio.create_task(self._keep_rotating(), name="message ids of inboxes"),
+            asyncio.create_task(watermarks.keep_following(self._stopping), name=f"freshness of {self.name}"),
+        }
         try:
             await self._follow()
         finally:
-            rotating.cancel()
-            await asyncio.wait({rotating})
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
 
     async def _keep_rotating(self) -> None:
         if self._has_inboxes:

@@ -21,10 +21,17 @@ update outbox.positions p set state = $5, updated_at = clock_timestamp()
 
 -- name: restart
 -- A partition that `outbox cache rebuild` set free goes on at the first record ($5) that Kafka has. What was applied
--- keeps its marks, so that no record of it counts twice. Lock: one row of positions, by primary key.
-update outbox.positions p
-   set next_offset = $5, last_event_id = null, state = 'running', updated_at = clock_timestamp()
- where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.epoch = $4 and p.state = 'restarting'
+-- keeps its marks, so that no record of it counts twice. Freshness begins anew: offsets of the topic before it was
+-- re-created say nothing about this one. Lock: one row of positions, by primary key.
+with restarted as (
+    update outbox.positions p
+       set next_offset = $5, last_event_id = null, state = 'running', updated_at = clock_timestamp()
+     where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.epoch = $4 and p.state = 'restarting'
+    returning p.consumer, p.topic
+), unsaid as (
+    delete from outbox.watermarks w using restarted r where w.consumer = r.consumer
+)
+delete from outbox.freshness f using restarted r where f.consumer = r.consumer and f.topic = r.topic
 
 -- name: applied
 -- The marks of a partition; a statement after the claim, or it would not see what the claim waited for.

@@ -37,6 +37,10 @@ WATERMARK_MAX_PARKED: Final = 1_000
 
 # Consumers.
 CONSUMER_MAX_RECORDS: Final = 4_000
+BATCHES_IN_FLIGHT: Final = 3
+"""Batches that one consumer applies, or that wait for the one before them in their partition, while it polls."""
+FETCH_PARTITION_BYTES: Final = 262_144
+"""As they are stored, compressed; a batch of the relay that is larger is fetched whole."""
 PARKED_MAX_EVENTS: Final = 100_000
 """Parked events of one cache; one more stops its partition loudly."""
 PARKED_DETAIL_MAX_CHARACTERS: Final = 2_000

@@ -1,6 +1,7 @@
 """The engine without Kafka: once, in order, by one owner; each hazard beside the rule that answers it."""
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from outbox import Pool, crash_sites, retry
+from outbox.cache.fold import Step
 from outbox.consumer import apply
 from outbox.consumer.apply import Engine
 from tests.support.caching import (
@@ -22,6 +24,7 @@ from tests.support.caching import (
     AgentNamePatched,
     AgentRenamed,
     AgentTagged,
+    CachedAgent,
     Kafka,
     consume,
     create_table,
@@ -407,3 +410,27 @@ async def test_every_statement_uses_an_index(pool: Pool) -> None:
             text = getattr(apply.SQL, name).text
             plan = "\n".join(row[0] for row in await connection.fetch("explain " + text, *args))
             assert not any(f"Seq Scan on {table}" in plan for table in tables), plan
+
+
+async def test_a_batch_holds_no_event_and_no_row_while_it_is_written(pool: Pool, engine: Engine) -> None:
+    """Nor is the garbage collector held then, which would have to look at them.
+
+    Red when `Work` keeps the steps, when `Change` keeps what was folded, and when `_read` is not all that is held.
+    """
+    kafka = numbered(AgentRenamed(agent_id=uuid4(), agent_name=str(number), tags=["x"]) for number in range(50))
+    gc.collect()
+    before = [sum(type(found) is kind for found in gc.get_objects()) for kind in (AgentRenamed, CachedAgent, Step)]
+    counted: list[list[int]] = []
+
+    async def count(site: str, side: str) -> None:
+        if site.endswith(".merge") and side == "before":
+            assert gc.isenabled()
+            kinds = (AgentRenamed, CachedAgent, Step)
+            counted.append([sum(type(found) is kind for found in gc.get_objects()) for kind in kinds])
+
+    crash_sites.hook = count
+    try:
+        assert (await consume(engine, kafka)).applied == 50
+    finally:
+        crash_sites.hook = None
+    assert counted == [before]

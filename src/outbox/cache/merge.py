@@ -9,6 +9,7 @@ partition's row in `outbox.positions`, and every page of the owner that was merg
 lock and pages have it alone; both are locked in an earlier statement. Which of two wins is said in `merge.sql`.
 """
 
+import enum
 import json
 import math
 from collections.abc import Sequence
@@ -26,19 +27,28 @@ from outbox.postgres import Connection
 SQL: Final = postgres.Statements("outbox", "cache/merge.sql")
 
 
+class Kind(enum.IntEnum):
+    """What a change does to its row; in the order of the merge's parameters."""
+
+    ROW = 0
+    PATCH = 1
+    DELETION = 2
+
+
 class Change:
     """One key's part of a merge, encoded.
 
-    Encoding may fail for a value that has no JSON form; that is this key's fault alone.
+    It holds on to no event and no row: a batch has thousands, and they had better be gone before it is written.
     """
 
-    __slots__ = ("document", "folded", "key")
+    __slots__ = ("document", "key", "kind", "log_id")
 
-    def __init__(self, key: str, folded: Folded, document: bytes) -> None:
-        """Of the key whose text is `key`."""
+    def __init__(self, key: str, kind: Kind, document: bytes, log_id: str | None) -> None:
+        """Of the key whose text is `key`; its last event is from the log `log_id`."""
         self.key = key
-        self.folded = folded
+        self.kind = kind
         self.document = document
+        self.log_id = log_id
 
 
 class Merge:
@@ -58,12 +68,16 @@ class Merge:
         Raises:
             ValueError: a value has no JSON form.
         """
-        assert folded.last is not None
-        if folded.base is None or folded.base is DELETE:
-            body = self._patch_document(key, folded.columns)  # of a deletion: only the key
+        last, base = folded.last, folded.base
+        assert last is not None
+        if base is None:
+            kind, body = Kind.PATCH, self._patch_document(key, folded.columns)
+        elif base is DELETE:
+            kind, body = Kind.DELETION, self._patch_document(key, {})
         else:
-            body = self._row_document(folded.base)
-        return Change(key, folded, body[:-1] + _runtime(folded.last, partition))
+            kind, body = Kind.ROW, self._row_document(base)
+        log_id = None if last.position is None else last.position.log_id
+        return Change(key, kind, body[:-1] + _runtime(last, partition), log_id)
 
     def rows(self, rows: Sequence[BaseModel]) -> str:
         """Rows of a page of the owner, as one JSON array."""
@@ -71,19 +85,14 @@ class Merge:
 
     async def __call__(self, connection: Connection, changes: Sequence[Change]) -> list[str]:
         """Merge changes of distinct keys; returns the keys of patches that found no row."""
-        rows: list[bytes] = []
-        patches: list[bytes] = []
-        deletions: list[bytes] = []
+        documents: list[list[bytes]] = [[] for _ in Kind]
         for change in changes:
-            base = change.folded.base
-            (patches if base is None else deletions if base is DELETE else rows).append(change.document)
+            documents[change.kind].append(change.document)
         missing = await self._statement.fetch(
             connection,
             self._table.oid,
             [change.key for change in changes],
-            _array(rows),
-            _array(patches),
-            _array(deletions),
+            *map(_array, documents),
         )
         return [record["missing"] for record in missing]
 

@@ -30,6 +30,7 @@ from typing import Any, Final, TypeAlias
 
 from outbox import limits, postgres, retry
 from outbox.cache import Cache
+from outbox.consumer import garbage
 from outbox.consumer.deliver import InboxTarget
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.poison import Target as CacheTarget
@@ -216,6 +217,7 @@ class Engine:
                 raise
         return await self._commit(partition, batch, careful=True)
 
+    @garbage.held()
     def _read(self, partition: Partition, records: Sequence[Record]) -> _Batch | None:
         marks: dict[tuple[str, int], Mark] = {}
         fresh: list[Arrival] = []

@@ -17,7 +17,8 @@ Guarantees:
   meanwhile, so this process stays in the group, and the other partitions go on.
 * A former owner that claims late only costs a claim: its batch, or ours, finds the epoch moved, claims again if the
   partition is still assigned, and goes on where the other stopped.
-* A batch that was fetched before a pause is not applied after it: its end has to agree with the fetch position.
+* A batch that was fetched before a pause is not applied after it: its end has to agree with the fetch position, and
+  the claim under which it was fetched has to be the present one. So the batches behind one that failed are dropped.
 * That a partition stands still is stored, so that `outbox status` shows it and its caches count as stale. It goes on
   when `outbox cache rebuild` has set it free.
 """
@@ -112,6 +113,8 @@ class Lanes:
         self._read_one = read_one
         self._lanes: dict[TopicPartition, Lane] = {}
         self._stopping = asyncio.Event()
+        self._open: set[asyncio.Task[None]] = set()
+        """Batches begun."""
         self.totals = Outcome()
         """Of all batches since the start."""
         self.failures = 0
@@ -151,29 +154,48 @@ class Lanes:
         """Let go of everything, as at a revocation."""
         self._stopping.set()
         await self.revoked(list(self._lanes))
+        for task in self._open:
+            task.cancel()
 
     # ----------------------------------------------------------------------------------------- batches
 
+    async def take(self, records: Iterable["kafka.ConsumerRecord"]) -> None:
+        """Begin to apply what one poll returned; returns when there is room for another. Never raises.
+
+        So PostgreSQL works on one partition while the next one is fetched and decoded. Batches of one partition
+        follow one another.
+        """
+        self._begin(records)
+        while len(self._open) >= limits.BATCHES_IN_FLIGHT:
+            await asyncio.wait(self._open, return_when=asyncio.FIRST_COMPLETED)
+
     async def deliver(self, records: Iterable["kafka.ConsumerRecord"]) -> None:
         """Apply what one poll returned, partitions side by side. Never raises: what fails is fetched again."""
-        batches: dict[TopicPartition, list[kafka.ConsumerRecord]] = {}
-        for record in records:
-            batches.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
-        await asyncio.gather(*(self._feed(at, batch) for at, batch in batches.items()))
+        if begun := self._begin(records):
+            await asyncio.wait(begun)
 
-    async def _feed(self, at: TopicPartition, records: Sequence[Record]) -> None:
-        lane = self._lanes.get(at)
-        if lane is None:
-            return
-        async with lane.batch:
-            if lane.state is not State.RUNNING or lane.partition is None:
-                return
+    def _begin(self, records: Iterable["kafka.ConsumerRecord"]) -> list[asyncio.Task[None]]:
+        begun = []
+        for at, batch in _by_partition(records):
+            if (lane := self._lanes.get(at)) is None:
+                continue
+            task = asyncio.create_task(self._feed(lane, lane.partition, batch), name=f"batch of {at}")
+            self._open.add(task)
+            task.add_done_callback(self._open.discard)
+            begun.append(task)
+        return begun
+
+    async def _feed(self, lane: Lane, partition: Partition | None, records: Sequence[Record]) -> None:
+        at = lane.at
+        async with lane.batch:  # in the order of the polls: the lock is fair
+            if lane.state is not State.RUNNING or partition is None or lane.partition is not partition:
+                return  # among others: fetched before a claim, behind a batch that failed
             try:
                 if await self._source.position(at) <= records[-1].offset:
                     return  # fetched before the last seek
-                if records[0].offset != lane.partition.next_offset and await self._broken(lane, records[0].offset):
+                if records[0].offset != partition.next_offset and await self._broken(lane, records[0].offset):
                     return
-                outcome = await self._engine.apply(lane.partition, records)
+                outcome = await self._engine.apply(partition, records)
             except Exception as error:  # noqa: BLE001 - whatever it was, the records are read again; nothing may reach FastStream
                 self._stumble(lane, error)
                 return
@@ -325,6 +347,20 @@ class Lanes:
         for at, offset in moved.items():
             if lane := self._lanes.get(at):
                 lane.committed = offset
+
+
+def _by_partition(
+    records: Iterable["kafka.ConsumerRecord"],
+) -> Iterable[tuple[TopicPartition, list["kafka.ConsumerRecord"]]]:
+    """A poll's records, which come partition after partition."""
+    batches: dict[TopicPartition, list[kafka.ConsumerRecord]] = {}
+    at, batch = TopicPartition("", -1), list[kafka.ConsumerRecord]()
+    for record in records:
+        if record.partition != at.partition or record.topic != at.topic:
+            at = TopicPartition(record.topic, record.partition)
+            batch = batches.setdefault(at, [])
+        batch.append(record)
+    return batches.items()
 
 
 def _abandon(lane: Lane) -> None:

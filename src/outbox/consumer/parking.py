@@ -36,9 +36,8 @@ class Queue:
 
 async def resolve(connection: Connection, cache: str, topic: str, changes: Sequence[Change]) -> int:
     """Full rows took effect: forget what waited for them. Returns how many events did."""
-    last = {change.key: change.folded.last for change in changes}
-    logs = [step.position.log_id if step and step.position else None for step in last.values()]
-    resolved: int = await SQL.resolve.fetchval(connection, cache, topic, list(last), logs)
+    last = {change.key: change.log_id for change in changes}
+    resolved: int = await SQL.resolve.fetchval(connection, cache, topic, list(last), list(last.values()))
     log.info("cache %s: full rows resolved %d parked events of %d keys", cache, resolved, len(last))
     return resolved
 

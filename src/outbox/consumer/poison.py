@@ -23,10 +23,11 @@ from typing import Any, Final
 from outbox import retry
 from outbox.cache import Cache, Patch, handlers
 from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, newest_log_only
-from outbox.cache.merge import Change, Merge
+from outbox.cache.merge import Change, Kind, Merge
 from outbox.consumer import parking
 from outbox.consumer.parking import BEHIND, Queue
-from outbox.consumer.record import Arrival, decode, record_key
+from outbox.consumer.record import Arrival, Record, decode, record_key
+from outbox.consumer.record import arrival as read_headers
 from outbox.consumer.target import Tally
 from outbox.errors import EmitError
 from outbox.postgres import Connection
@@ -45,6 +46,11 @@ class Target:
 
     def work(self, arrivals: Sequence[Arrival], partition: int) -> "Work":
         """Decode and fold a batch; pure, outside of any transaction."""
+        steps, tally = self.steps(arrivals, partition)
+        return Work.of(self, partition, [arrival.record for arrival in arrivals], steps, tally)
+
+    def steps(self, arrivals: Sequence[Arrival], partition: int) -> tuple[dict[str, list[Step]], Tally]:
+        """What a batch does to each key, and what it does nothing to."""
         steps: dict[str, list[Step]] = {}
         unknown = dropped = 0
         adapter = self._cache.shape.adapter(self._cache.key)
@@ -75,26 +81,48 @@ class Target:
                 steps[key] = [step]
         if several_logs:
             steps = {key: newest_log_only(of_key) for key, of_key in steps.items()}
-        return Work(self, partition, steps, Tally(unknown=unknown, dropped=dropped))
+        return steps, Tally(unknown=unknown, dropped=dropped)
 
 
 @dataclass(slots=True)
 class Work:
-    """What a batch does to one cache."""
+    """What a batch does to one cache.
+
+    Steps are not kept, but for keys that wait: thousands of decoded events would burden the garbage collector until the
+    batch is over. The few batches that need them again decode their records again; handlers are pure.
+    """
 
     target: Target
     partition: int
-    steps: dict[str, list[Step]]
+    records: Sequence[Record]
+    count: int
+    """Events with a handler."""
     tally: Tally
     changes: list[Change] = field(default_factory=list)
     queues: list[Queue] = field(default_factory=list)
+    _kept: dict[str, list[Step]] = field(default_factory=dict)
+    _again: dict[str, list[Step]] | None = None
 
-    def __post_init__(self) -> None:
-        for key, steps in self.steps.items():
-            folded = self._encoded(key, steps)
+    @classmethod
+    def of(
+        cls, target: Target, partition: int, records: Sequence[Record], steps: dict[str, list[Step]], tally: Tally
+    ) -> "Work":
+        """Fold and encode each key's steps."""
+        work = cls(target, partition, records, sum(map(len, steps.values())), tally)
+        for key, of_key in steps.items():
+            folded = work._encoded(key, of_key)
             if folded.queue:
                 assert folded.fault is not None
-                self.queues.append(Queue(key, folded.fault, folded.queue))
+                work.queues.append(Queue(key, folded.fault, folded.queue))
+        return work
+
+    def steps_of(self, key: str) -> list[Step]:
+        """All steps of a key, in order."""
+        if key in self._kept:
+            return self._kept[key]
+        if self._again is None:
+            self._again, _ = self.target.steps([read_headers(record) for record in self.records], self.partition)
+        return self._again[key]
 
     def _encoded(self, key: str, steps: list[Step]) -> Folded:
         """Fold and encode one key; a value without a JSON form is the fault of the event that brought it."""
@@ -106,6 +134,7 @@ class Work:
                 self.changes.append(self.target.merge.change(key, folded, self.partition))
             except ValueError as error:
                 folded.last.effect = Fault.of(error)
+                self._kept[key] = steps
             else:
                 return folded
 
@@ -118,7 +147,7 @@ class Work:
             careful: find the guilty keys of a batch that was refused as a whole.
         """
         attempt = _Attempt(self, connection)
-        if waiting and self.steps:
+        if waiting and self.changes:
             await attempt.look_behind()
         if careful:
             await attempt.bisect(attempt.changes)
@@ -142,14 +171,16 @@ class _Attempt:
     async def look_behind(self) -> None:
         """Patches of a key that waits queue behind it; only a full row or DELETE may pass."""
         target = self._work.target
-        found = await parking.SQL.waiting.fetch(self._connection, target.name, target.topic, list(self._work.steps))
+        found = await parking.SQL.waiting.fetch(
+            self._connection, target.name, target.topic, [change.key for change in self.changes]
+        )
         self._behind = {record["key"] for record in found}
         if not self._behind:
             return
         self.changes = []
         for change in self._work.changes:
-            if change.key in self._behind and change.folded.base is None:
-                self._queues[change.key] = Queue(change.key, BEHIND, self._work.steps[change.key])
+            if change.key in self._behind and change.kind is Kind.PATCH:
+                self._queues[change.key] = Queue(change.key, BEHIND, self._work.steps_of(change.key))
             else:
                 self.changes.append(change)
 
@@ -158,7 +189,7 @@ class _Attempt:
         absent = set(missing)
         for change in changes:
             if change.key in absent:
-                self._queues[change.key] = Queue(change.key, ROW_MISSING, self._work.steps[change.key])
+                self._queues[change.key] = Queue(change.key, ROW_MISSING, self._work.steps_of(change.key))
             elif change.key in self._behind:
                 self._resolved.append(change)
 
@@ -187,7 +218,7 @@ class _Attempt:
         queue: list[Step] = []
         fault = BEHIND
         blocked = key in self._behind
-        for step in self._work.steps[key]:
+        for step in self._work.steps_of(key):
             found: Fault | None = None
             if isinstance(step.effect, Fault):
                 found = step.effect
@@ -217,7 +248,7 @@ class _Attempt:
             return Fault.of(error)
         if missing:
             return ROW_MISSING
-        if key in self._behind and change.folded.base is not None:
+        if key in self._behind and change.kind is not Kind.PATCH:
             self._resolved.append(change)
         return None
 
@@ -230,5 +261,5 @@ class _Attempt:
         queues = list(self._queues.values())
         if queues:
             tally.parked = await parking.park(self._connection, target.name, target.topic, self._work.partition, queues)
-        tally.applied = sum(map(len, self._work.steps.values())) - tally.parked
+        tally.applied = self._work.count - tally.parked
         return tally

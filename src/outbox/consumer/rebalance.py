@@ -7,6 +7,8 @@ here, and why:
 * A parser and a decoder of our own, because FastStream's fail on headers without a value and lose tombstones.
 * The rebalance timeout is shorter than the request timeout, or the coordinator would be given up while it waits for
   other members; the session is short, because it is how long a killed process keeps its partitions (ADR 0014).
+* Fetches are small, so that a poll takes what is there of one or two partitions and the next poll turns to others:
+  batches of several partitions are then in flight, and PostgreSQL applies one while another is decoded.
 * `read_committed`, so that a transactional relay's aborted batches are never seen.
 """
 
@@ -81,6 +83,7 @@ class Membership:
             listener=_Listener(self),
             auto_offset_reset="earliest",
             isolation_level="read_committed",
+            max_partition_fetch_bytes=limits.FETCH_PARTITION_BYTES,
             fetch_max_wait_ms=int(settings.fetch_wait_seconds * 1000),
             session_timeout_ms=int(session_seconds * 1000),
             heartbeat_interval_ms=int(min(session_seconds / 3, _HEARTBEAT_MAX_SECONDS) * 1000),
@@ -111,7 +114,7 @@ class Membership:
             await self._broker.stop()
 
     async def _handle(self, records: Any) -> None:
-        await self.lanes.deliver(records)
+        await self.lanes.take(records)
 
     async def _read_one(self, at: TopicPartition, offset: int) -> Record | None:
         async with self._reading, kafka.Tail(self._servers) as tail:

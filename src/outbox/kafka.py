@@ -44,7 +44,7 @@ UNPUBLISHABLE: Final = (
 
 _SITES: Final = {
     name: crash_sites.register(f"kafka.{name}")
-    for name in ("start", "send", "partitions", "stop", "ends", "tail", "poll", "limit", "create")
+    for name in ("start", "send", "partitions", "counts", "stop", "ends", "tail", "poll", "limit", "create")
 }
 _START_TIMEOUT_SECONDS: Final = 20.0
 _NOT_COMPRESSED: Final = 0
@@ -286,10 +286,10 @@ class Tail:
     async def ends(self, topic: str, partition_count: int) -> dict[int, tuple[int, int]]:
         """The first and the next offset of each partition that exists; none of a topic that does not."""
         await crash_sites.visit(_SITES["ends"], "before")
-        if topic not in await self._consumer.topics():
-            return {}
-        existing = self._consumer.partitions_for_topic(topic) or set()
+        existing = (await self._partitions()).get(topic, set())
         partitions = [TopicPartition(topic, number) for number in sorted(existing) if number < partition_count]
+        if not partitions:
+            return {}
         first = await self._consumer.beginning_offsets(partitions)
         end = await self._consumer.end_offsets(partitions)
         await crash_sites.visit(_SITES["ends"], "after")
@@ -306,6 +306,22 @@ class Tail:
         found = await self._consumer.getmany(timeout_ms=int(wait_seconds * 1000))
         await crash_sites.visit(_SITES["poll"], "after")
         return [record for records in found.values() for record in records]
+
+    async def counts(self) -> dict[str, int]:
+        """How many partitions each topic has at this moment, as far as we may see it."""
+        await crash_sites.visit(_SITES["counts"], "before")
+        found = await self._partitions()
+        await crash_sites.visit(_SITES["counts"], "after")
+        return {topic: len(partitions) for topic, partitions in found.items() if partitions}
+
+    async def _partitions(self) -> dict[str, set[int]]:
+        """The partitions of every topic, asked now.
+
+        The consumer's own metadata is of the topics that it reads, so before it reads any Apache Kafka has told it of
+        none. (The embedded broker tells of all.)
+        """
+        cluster = await self._consumer._client.fetch_all_metadata()  # noqa: SLF001 - topics() keeps the names only
+        return {topic: set(cluster.partitions_for_topic(topic) or ()) for topic in cluster.topics()}
 
     async def read(self, topic: str, ranges: Mapping[int, tuple[int, int]]) -> AsyncIterator[ConsumerRecord]:
         """Every record of the given partitions from the first offset to before the second."""

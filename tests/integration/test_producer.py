@@ -61,3 +61,24 @@ async def test_a_producer_with_a_request_in_flight_is_discarded_and_another_one_
     await producer.start()
     assert await producer.send(batch_of_one(producer), topic, 0) in {1, 2}  # the frozen one may have arrived late
     await producer.stop()
+
+
+async def test_a_tail_finds_partitions_that_it_has_not_read(real_kafka: RealKafka, topic: str) -> None:
+    """The restore guard's evidence.
+
+    Seen red: Apache Kafka tells a consumer of the partitions of its own topics only, so `ends` found none of any topic,
+    and the guard looked at nothing.
+    """
+    await create_topic(real_kafka.bootstrap_servers, topic, partitions=2)
+    producer = kafka.Producer(real_kafka.bootstrap_servers, QUICK)
+    await producer.start()
+    for _ in range(3):
+        await producer.send(batch_of_one(producer), topic, 1)
+    await producer.stop()
+    async with kafka.Tail(real_kafka.bootstrap_servers) as tail:
+        assert (await tail.counts())[topic] == 2
+        ends = await tail.ends(topic, 2)
+        assert ends == {0: (0, 0), 1: (0, 3)}
+        assert [record.offset async for record in tail.read(topic, ends)] == [0, 1, 2]
+        assert await tail.ends(topic, 1) == {0: (0, 0)}
+        assert await tail.ends(f"{topic}-missing", 2) == {}

@@ -30,6 +30,8 @@ RELAY_PARKED_MAX_EVENTS: Final = 1_000_000
 """Parked events of one shard; rather than park one more, the shard stands still loudly."""
 RELAY_PARKED_FORGET_EVENTS: Final = 1_000
 """Released and discarded events deleted at a time."""
+TOPICS_LOOK_SECONDS: Final = 60.0
+"""Between two looks whether topics have the partition counts that are pinned."""
 GUARD_MAX_RECORDS: Final = 10_000_000
 """Records read by the restore guard before it gives up loudly."""
 WATERMARK_MAX_PARKED: Final = 1_000

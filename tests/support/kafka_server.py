@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Self
 
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 
 from outbox.embedded.kafka import answers_kafka
 from outbox.embedded.process import EmbeddedServerError, ServerProcess, free_port
@@ -177,6 +177,18 @@ async def create_topic(
         await admin.close()
     for topic_name, code, *message in answer.topic_errors:
         assert code == 0, f"creating topic {topic_name} failed: {code} {message}"
+
+
+async def grow_topic(bootstrap_servers: str, name: str, *, partitions: int) -> None:
+    """Give a topic more partitions; not on the embedded broker, which cannot."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    await admin.start()
+    try:
+        answer = await admin.create_partitions({name: NewPartitions(partitions)})
+    finally:
+        await admin.close()
+    for topic_name, code, *message in answer.topic_errors:
+        assert code == 0, f"growing topic {topic_name} failed: {code} {message}"
 
 
 @cache

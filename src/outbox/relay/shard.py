@@ -138,6 +138,7 @@ class _Tenure:
         self._persisted_through, self._number = resume.done_through, resume.last_window
         self._log_id, self._cursor = resume.log_id, resume.cursor
         waker = asyncio.create_task(self._wake_when_stopping())
+        comparing = asyncio.create_task(self._topics.keep_comparing(), name=f"topics of shard {self._lease.shard}")
         try:
             await self._wakeup.listen()
             await self._replay()
@@ -149,6 +150,7 @@ class _Tenure:
             await self._wakeup.close()
         finally:
             waker.cancel()
+            comparing.cancel()
             await self._watermarks.stop()
             await self._publisher.stop()
 

@@ -1,10 +1,19 @@
-"""Pinned partition counts: a key stays in its partition although its topic grows."""
+"""Pinned partition counts: a key stays in its partition although its topic grows (H15).
+
+A key's partition is its hash modulo the count that was found when the topic was first published to. Were it Kafka's
+present count, half of the keys would move when a topic grows from 4 to 8 partitions, and consumers could see their
+newer events before the older ones. So a grown topic is used as before, its new partitions stay empty, and the log says
+so.
+"""
 
 import asyncio
+import logging
 from typing import Final
 
-from outbox import clock, kafka, postgres
+from outbox import clock, kafka, limits, postgres
 from outbox.postgres import Pool
+
+log = logging.getLogger(__name__)
 
 SQL: Final = postgres.Statements("outbox", "relay/topics.sql")
 _LOOKUP_TIMEOUT_SECONDS: Final = 2.0
@@ -20,6 +29,7 @@ class Topics:
         self._producer = producer
         self._counts: dict[str, int] = {}
         self._missing_since: dict[str, float] = {}
+        self._alarmed: dict[str, int] = {}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -48,6 +58,28 @@ class Topics:
         await self.load()
         self._missing_since.pop(topic, None)
         return self._counts[topic]
+
+    async def keep_comparing(self) -> None:
+        """Look now and about once a minute whether Kafka has the pinned counts, until cancelled; an alarm if not."""
+        while True:
+            if self._counts:
+                try:
+                    async with kafka.Tail(self._servers) as tail:
+                        self._compare(await tail.counts())
+                except (kafka.KafkaError, OSError, TimeoutError) as error:
+                    log.info("the partition counts of topics could not be read: %r", error)
+            await asyncio.sleep(limits.TOPICS_LOOK_SECONDS)
+
+    def _compare(self, present: dict[str, int]) -> None:
+        for topic, pinned in self._counts.items():
+            count = present.get(topic, pinned)
+            if count != pinned and self._alarmed.get(topic) != count:
+                log.error(
+                    "topic %s has %d partitions and %d are pinned: keys keep the partitions that they have among the "
+                    "first %d; see «A topic that grew» in docs/operations.md",
+                    topic, count, pinned, pinned,
+                )  # fmt: skip
+            self._alarmed[topic] = count
 
     def missing_seconds(self, topic: str) -> float:
         """For how long a topic has been looked for in vain."""

@@ -1,12 +1,12 @@
-"""A service with one cache, in a process of its own: python -m benchmarks._cache_process DATABASE_URL KAFKA TOPIC.
+"""A service with one cache, or with one inbox, in a process of its own.
 
-As a service would run it: a pool, `Consumer`, and the garbage collector told once that what is there by then stays.
-BENCH_PROFILE names a file for a profile of the whole run.
+    python -m benchmarks._cache_process cache|inbox DATABASE_URL KAFKA TOPIC
+
+As a service would run it: a pool and a `Consumer`. BENCH_PROFILE names a file for a profile of the whole run.
 """
 
 import asyncio
 import cProfile
-import gc
 import logging
 import os
 import signal
@@ -18,14 +18,13 @@ from benchmarks import cached
 from outbox import Consumer
 
 
-async def main(database_url: str, servers: str, topic: str) -> None:
-    """Keep the cache until SIGTERM."""
+async def main(kind: str, database_url: str, servers: str, topic: str) -> None:
+    """Consume until SIGTERM."""
+    target = cached.declare(topic) if kind == "cache" else cached.declare_inbox(topic)
     async with asyncpg.create_pool(database_url, min_size=2, max_size=8) as pool:
-        consumer = Consumer(pool, servers, cached.declare(topic))
+        consumer = Consumer(pool, servers, target)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, consumer.stop)
         async with consumer:
-            gc.collect()
-            gc.freeze()
             await consumer.run()
 
 

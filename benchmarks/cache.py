@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from benchmarks import backlog, caching, command, servers
+from benchmarks import backlog, caching, command, rebuilding, servers
 from benchmarks.plan import Bench, Plan
 from benchmarks.report import Report
 
@@ -28,11 +28,15 @@ class Part(StrEnum):
 
     CACHE = "cache"
     PLAIN = "plain"
+    INBOX = "inbox"
+    REBUILD = "rebuild"
 
 
 _PARTS: Final[dict[Part, Callable[[Bench], Awaitable[None]]]] = {
     Part.CACHE: caching.throughput,
     Part.PLAIN: caching.plain,
+    Part.INBOX: caching.inbox,
+    Part.REBUILD: rebuilding.rebuild,
 }
 
 

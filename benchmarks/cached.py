@@ -5,13 +5,14 @@ keys a batch has decides how much of it is left to write once it is folded.
 """
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from pydantic import BaseModel
 
 from benchmarks import workload
-from outbox import Cache, Event, Key, kafka, wire
+from outbox import Cache, Event, Inbox, Key, Transaction, kafka, wire
+from outbox.cache.owner import Owner
 
 TABLE: Final = "agent_cache"
 EVENT_TYPE: Final = "agent.renamed"
@@ -24,6 +25,34 @@ create table {TABLE} (
     model text not null
 )
 """
+CREATE_NOTES: Final = "create table notes (agent_id uuid not null, agent_name text not null, version integer not null)"
+NOTE: Final = "insert into notes (agent_id, agent_name, version) values ($1, $2, $3)"
+CREATE_OWNER: Final = """
+create table agents (
+    id uuid primary key, name text not null, instructions text not null, version integer not null, model text not null
+)
+"""
+FILL_OWNER: Final = """
+insert into agents
+select lpad(to_hex(i), 32, '0')::uuid, 'Agent ' || i, md5(i::text) || ' ' || md5((-i)::text), 0, 'model-' || i % 7
+  from generate_series(0, $1::bigint - 1) i
+"""
+OWNER_QUERY: Final = "select id as agent_id, name as agent_name, instructions, version, model from agents"
+CHANGE: Final = """
+with changed as (
+    update agents set version = version + 1, instructions = md5(($2::bigint)::text) || ' ' || md5((-$2::bigint)::text)
+     where id = lpad(to_hex($1::bigint), 32, '0')::uuid
+    returning id, name, instructions, version, model
+)
+select outbox.emit('agent.renamed', $3, id::text,
+                   jsonb_build_object('agent_id', id, 'agent_name', name, 'instructions', instructions,
+                                      'version', version, 'model', model))
+  from changed
+"""
+DIFFERENT: Final = f"""
+select count(*) from agents a full join {TABLE} c on c.agent_id = a.id
+ where (c.agent_name, c.instructions, c.version, c.model) is distinct from (a.name, a.instructions, a.version, a.model)
+"""  # noqa: S608 - a constant
 PREPARE: Final = f"select outbox.prepare_cache('{TABLE}')"
 
 Row = tuple[int, bytes, bytes, list[wire.Header]]
@@ -40,8 +69,8 @@ class CachedAgent(BaseModel):
     model: str
 
 
-def declare(topic: str) -> Cache[CachedAgent]:
-    """The cache: a full row of each event. The topic has a name of its own where the broker is not ours alone."""
+def events(topic: str) -> type[Any]:
+    """The event as a consuming service declares it; on a broker shared with others its topic has a name of its own."""
 
     class AgentRenamed(Event, type=EVENT_TYPE, topic=topic):
         agent_id: Key[UUID]
@@ -50,10 +79,14 @@ def declare(topic: str) -> Cache[CachedAgent]:
         version: int
         model: str
 
-    agents = Cache(CachedAgent, table=TABLE, key="agent_id", topic=topic)
+    return AgentRenamed
 
-    @agents.on
-    def renamed(event: AgentRenamed) -> CachedAgent:
+
+def declare(topic: str, owner: Owner | None = None) -> Cache[CachedAgent]:
+    """The cache: a full row of each event."""
+    agents = Cache(CachedAgent, table=TABLE, key="agent_id", topic=topic, owner=owner)
+
+    def renamed(event: Any) -> CachedAgent:
         return CachedAgent(
             agent_id=event.agent_id,
             agent_name=event.agent_name,
@@ -62,7 +95,21 @@ def declare(topic: str) -> Cache[CachedAgent]:
             model=event.model,
         )
 
+    renamed.__annotations__["event"] = events(topic)
+    agents.on(renamed)
     return agents
+
+
+def declare_inbox(topic: str) -> Inbox:
+    """An inbox that writes a row for each event, with a statement of its own."""
+    inbox = Inbox("bench", topic=topic)
+
+    async def note(tx: Transaction, event: Any) -> None:
+        await tx.execute(NOTE, event.agent_id, event.agent_name, event.version)
+
+    note.__annotations__["event"] = events(topic)
+    inbox.on(note)
+    return inbox
 
 
 def dealt(count: int, keys: int) -> Iterator[list[list[Row]]]:

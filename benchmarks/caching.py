@@ -1,4 +1,4 @@
-"""A consumer that fills a cache from Kafka, next to the upsert alone and to a handler of one upsert an event.
+"""A consumer that fills a cache from Kafka, next to the upsert alone and to a handler of one upsert an event; an inbox.
 
 The topic is filled first. A consumer is a process of its own; the clock and its CPU run from the look that finds that
 it has claimed a partition to the look that finds all positions at the end. Between runs of one topic its database is
@@ -26,7 +26,7 @@ select count(*) filter (where version >= $2) from {cached.TABLE}
 having count(*) <> $1 or count(*) filter (where version >= $2) <> $1
 """  # noqa: S608 - a constant
 _EMPTY: Final = f"""
-drop table if exists {cached.TABLE};
+drop table if exists {cached.TABLE}, {cached.TABLE}_spare, notes;
 truncate outbox.positions, outbox.applied, outbox.tombstones, outbox.parked_keys cascade
 """
 
@@ -47,23 +47,20 @@ async def empty(ground: Ground) -> None:
     await ground.pool.execute(_EMPTY)
     await ground.pool.execute(cached.CREATE_TABLE)
     await ground.pool.execute(cached.PREPARE)
+    await ground.pool.execute(cached.CREATE_NOTES)
     await ground.pool.execute("checkpoint")
 
 
-async def consumed(bench: Bench, ground: Ground, events: int, keys: int) -> Run:
-    """One run of the consumer.
-
-    Raises:
-        AssertionError: the cache does not hold the last event of each key.
-    """
+async def consumed(bench: Bench, ground: Ground, kind: str, events: int) -> Run:
+    """One run of a consumer with a cache, or with an inbox."""
     await empty(ground)
     before = await ground.wal_position()
     limit_seconds = backlog.time_limit(events)
     with (
-        processes.module("_cache_process", [ground.database_url, ground.kafka, ground.topic]) as child,
-        bench.step(f"caching {events:,} events of {keys:,} keys", events) as seen,
+        processes.module("_cache_process", [kind, ground.database_url, ground.kafka, ground.topic]) as child,
+        bench.step(f"{kind}: {events:,} events", events) as seen,
     ):
-        started, cpu_before = await _claimed(ground, child)
+        started, cpu_before = await claimed(ground, child)
         rss = child.rss_mib()
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
@@ -77,12 +74,21 @@ async def consumed(bench: Bench, ground: Ground, events: int, keys: int) -> Run:
                 raise TimeoutError(f"{done} of {events} events applied in {limit_seconds:.0f} s:\n{child.tail()}")
     run = Run(events, ended - started, cpu - cpu_before, 0.0, rss, 0.0)
     run.wal_bytes = await ground.wal_position() - before
-    wrong = await ground.pool.fetchval(_WRONG, min(keys, events), events - keys)
-    assert wrong is None, f"the cache has {wrong} rows with the last event of a key, there are {keys} keys"
     return run
 
 
-async def _claimed(ground: Ground, child: Child) -> tuple[float, float]:
+async def _check_cache(ground: Ground, events: int, keys: int) -> None:
+    """The last event of every key is there.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    wrong = await ground.pool.fetchval(_WRONG, min(keys, events), events - keys)
+    assert wrong is None, f"the cache has {wrong} rows with the last event of a key, there are {keys} keys"
+
+
+async def claimed(ground: Ground, child: Child) -> tuple[float, float]:
+    """Wait until a consumer has claimed its first partition; the time and its CPU so far."""
     deadline = time.perf_counter() + _START_SECONDS
     while not await ground.pool.fetchval(_CLAIMED):
         child.check()
@@ -99,7 +105,8 @@ async def throughput(bench: Bench) -> None:
         async with filled(bench, plan.events, keys) as ground:
             for _ in range(plan.repeat):
                 report.section(f"Consumer: Kafka to the cache, {keys:,} keys")
-                run = await consumed(bench, ground, plan.events, keys)
+                run = await consumed(bench, ground, "cache", plan.events)
+                await _check_cache(ground, plan.events, keys)
                 backlog.add(bench, name, run)
                 report.add(f"{name}_wal_bytes_per_event", run.wal_bytes / run.events, "bytes", run.events)
                 report.add(f"{name}_rss_peak_mib", run.rss_mib, "MiB", run.events)
@@ -116,6 +123,18 @@ async def _floor(bench: Bench, ground: Ground, keys: int) -> None:
             row = await child.result(timeout_seconds=backlog.time_limit(bench.plan.events))
     bench.report.add("upsert_floor_rows_per_second", row["n"] / row["seconds"], "rows/s", row["n"])
     bench.report.add("upsert_floor_cpu_us_per_row", row["cpu_seconds"] / row["n"] * 1e6, "us", row["n"])
+
+
+async def inbox(bench: Bench) -> None:
+    """An inbox whose handler writes one row an event."""
+    events = bench.plan.inbox_events
+    async with filled(bench, events, bench.plan.keys_few) as ground:
+        for _ in range(bench.plan.repeat):
+            bench.report.section("Inbox: a handler that inserts a row")
+            run = await consumed(bench, ground, "inbox", events)
+            backlog.add(bench, "inbox", run)
+            written = await ground.pool.fetchval("select count(*) from notes")
+            assert written == events, f"{written} effects of {events} events"
 
 
 async def plain(bench: Bench) -> None:

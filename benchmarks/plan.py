@@ -21,8 +21,11 @@ class Plan:
     backlog_large: int = 1_000_000
     peer_events: int = 40_000
     plain_events: int = 10_000
+    inbox_events: int = 60_000
     debezium_events: int = 2_000_000
     keys_few: int = 10_000
+    owner_rows: int = 1_000_000
+    owner_rate: int = 1_000
     keys_many: int = 100_000
     warm_up_events: int = 2_000
     rate: int = 2_000
@@ -43,7 +46,10 @@ class Plan:
             backlog_large=12_000,
             peer_events=400,
             plain_events=400,
+            inbox_events=1_200,
             keys_few=100,
+            owner_rows=12_000,
+            owner_rate=100,
             keys_many=4_000,
             warm_up_events=200,
             rate=200,

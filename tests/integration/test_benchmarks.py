@@ -35,6 +35,11 @@ PROMISED_OF_CONSUMERS = {
     "cache_many_keys_cpu_us_per_event": "us",
     "upsert_floor_rows_per_second": "rows/s",
     "plain_handler_events_per_second": "events/s",
+    "inbox_events_per_second": "events/s",
+    "inbox_cpu_us_per_event": "us",
+    "bootstrap_rows_per_second": "rows/s",
+    "rebuild_rows_per_second": "rows/s",
+    "rebuild_offered_events_per_second": "events/s",
 }
 
 

@@ -2,3 +2,50 @@
 
 The package may import `outbox`; `outbox` never imports it.
 """
+
+from saga.context import NotDone, Retry, StepContext, Unknown
+from saga.definition import Saga, saga
+from saga.errors import (
+    BodyError,
+    Conflict,
+    Failed,
+    NotFound,
+    NotWaiting,
+    PayloadError,
+    Rejected,
+    ResultTimeout,
+    SagaDeclarationError,
+    SagaError,
+)
+from saga.participant import Handler, Participant
+from saga.remote import Remote, remote
+from saga.run import Run, Signal
+from saga.step import Call, Step, step
+
+__all__ = [
+    "BodyError",
+    "Call",
+    "Conflict",
+    "Failed",
+    "Handler",
+    "NotDone",
+    "NotFound",
+    "NotWaiting",
+    "Participant",
+    "PayloadError",
+    "Rejected",
+    "Remote",
+    "ResultTimeout",
+    "Retry",
+    "Run",
+    "Saga",
+    "SagaDeclarationError",
+    "SagaError",
+    "Signal",
+    "Step",
+    "StepContext",
+    "Unknown",
+    "remote",
+    "saga",
+    "step",
+]

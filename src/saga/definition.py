@@ -1,0 +1,144 @@
+"""Sagas: what a service declares and starts.
+
+@saga("place_order", deadline=timedelta(hours=48))
+async def place_order(run: Run, order: PlaceOrder) -> Receipt: ...
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Generic, cast
+from uuid import UUID, uuid5
+
+from typing_extensions import TypeVar
+
+from outbox import Duration
+from saga.codec import Value, hints_of, name_of
+from saga.context import positive
+from saga.errors import BodyError, SagaDeclarationError
+from saga.remote import reply_topic
+from saga.run import Run
+from saga.step import Target, check_async, check_name
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+_WORKFLOWS: Final = UUID("6f8b1f3e-1d5c-5e0a-9c57-5a6a62a0b0c1")
+"""Namespace of the ids of definitions: the same name and version have the same id in every process."""
+
+
+class Saga(Generic[A, R]):
+    """A saga; made by `saga`."""
+
+    def __init__(
+        self, function: Callable[[Run, A], Awaitable[R]], *, name: str, version: int, deadline_seconds: float
+    ) -> None:
+        """For `saga`."""
+        self.function: Final = function
+        self.name: Final = name
+        self.version: Final = version
+        self.deadline_seconds: Final = deadline_seconds
+        self.workflow_id: Final = uuid5(_WORKFLOWS, f"{name}/{version}")
+        self.reply_topic: Final = reply_topic(name)
+        request, result = _annotations(function)
+        self.request: Final[Value[A]] = Value(request, f"request of {name}")
+        self.result: Final[Value[R]] = Value(result, f"result of {name}")
+        self._targets: dict[str, Target] = {}
+
+    def learn(self, target: Target) -> None:
+        """Remember what a name stands for in this saga's journals.
+
+        Raises:
+            BodyError: the name stands for something else already.
+        """
+        known = self._targets.setdefault(target.name, target)
+        if known is not target:
+            raise BodyError(
+                f"{target.name}: two steps of this name in one saga, and the journal could not tell them apart; "
+                "rename one of the functions"
+            )
+
+    def find(self, name: str) -> Target | None:
+        """What a name stands for: as the body used it, or as its module and the names in its code say."""
+        found = self._targets.get(name)
+        if found is None:
+            for target in _reachable(self.function):
+                self._targets.setdefault(target.name, target)
+            found = self._targets.get(name)
+        return found
+
+    def __repr__(self) -> str:
+        return f"<saga {self.name} version {self.version}>"
+
+
+def saga(
+    name: str, *, version: int = 1, deadline: Duration
+) -> Callable[[Callable[[Run, A], Awaitable[R]]], Saga[A, R]]:
+    """Declare a saga: an async function of a `Run` and one request.
+
+    Args:
+        name: in the journal; instances belong to it, whatever the function is called.
+        version: instances go on with the version that they were started with. Keep the old function registered until
+            its instances have ended, or change it so that it comes by the same way.
+        deadline: from the start; a saga that has not passed its pivot by then is undone.
+
+    Raises:
+        SagaDeclarationError: the name or the function cannot be a saga's.
+    """
+    check_name("saga", name)
+    if not 1 <= version <= 2**31 - 1:
+        raise SagaDeclarationError(f"saga {name!r}", f"has version {version}", "count versions from 1")
+    deadline_seconds = positive(f"saga {name!r} deadline", deadline, 0.0)
+
+    def declare(function: Callable[[Run, A], Awaitable[R]]) -> Saga[A, R]:
+        return Saga(function, name=name, version=version, deadline_seconds=deadline_seconds)
+
+    return declare
+
+
+def _annotations(function: Callable[..., Any]) -> tuple[Any, Any]:
+    check_async(function)
+    name = name_of(function)
+    hints = hints_of(function)
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) != 2:
+        raise SagaDeclarationError(
+            name,
+            f"takes {len(parameters)} parameters",
+            "write it as: async def name(run: Run, request: ARequest) -> AResult",
+        )
+    if parameters[1].name not in hints or "return" not in hints:
+        raise SagaDeclarationError(name, "lacks annotations", "annotate the request and the result, None included")
+    return hints[parameters[1].name], hints["return"]
+
+
+def _reachable(function: Callable[..., Any]) -> list[Target]:
+    """Steps and contracts that a function's code names, in its module, its closure, and functions that it calls."""
+    found: list[Target] = []
+    seen: set[int] = set()
+    queue: list[object] = [function]
+    while queue:
+        value = queue.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Target):
+            found.append(value)
+        elif inspect.isfunction(value):
+            queue += _names(value)
+    return found
+
+
+def _names(function: Callable[..., Any]) -> list[object]:
+    code, names = cast("Any", function).__code__, cast("Any", function).__globals__
+    values: list[object] = []
+    for cell in cast("Any", function).__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            continue
+    for name in code.co_names:
+        value = names.get(name)
+        values.append(value)
+        if inspect.ismodule(value):
+            values += [getattr(value, other, None) for other in code.co_names]
+    return values

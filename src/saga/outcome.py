@@ -1,0 +1,102 @@
+"""One attempt, and what its end means.
+
+| the attempt                                   | fact                                                                |
+|-----------------------------------------------|---------------------------------------------------------------------|
+| returned a value that the journal can hold    | `Completed`                                                         |
+| raised `Rejected`                             | `Refused`: it did nothing; clean only if every attempt says so      |
+| returned a value that the journal cannot hold | `Unwritable`: it happened, and the step has a bug                   |
+| timed out, lost a connection, raised anything | `Uncertain`: it may have happened                                   |
+
+A compensation that raises anything, `Rejected` included, is `Uncertain`: it is tried again. Cancellation of the attempt
+itself is passed on: it is the worker that stops, and the intent in the journal says what that means.
+"""
+
+import asyncio
+from typing import Any, cast
+
+from saga import limits
+from saga.context import NotDone, StepContext
+from saga.errors import PayloadError, Rejected
+from saga.state import Completed, Fact, NotHappened, Refused, Uncertain, Unwritable, Work
+from saga.step import Target
+
+
+async def perform(work: Work, context: object) -> Fact:
+    """Perform one attempt of a step, a probe or a compensation.
+
+    Args:
+        work: of a kind that calls a function: not `lock`, nor `undo_child`.
+        context: the function's first argument: a `StepContext` (see `context_of`), or the open `Transaction`.
+    """
+    target = cast("Target", work.target)
+    try:
+        if work.kind in {"undo", "undo_transactional"}:
+            return await _undo(work, target, context)
+        if work.kind == "probe":
+            return await _probe(work, target, context)
+        return await _do(work, target, context)
+    except TimeoutError as error:
+        return Uncertain(path=work.path, error=brief(error) or f"timed out after {work.timeout_seconds:g} s")
+    except Exception as error:  # noqa: BLE001 - a step is the user's code; whatever it raises is this attempt's end
+        return Uncertain(path=work.path, error=brief(error))
+
+
+def context_of(work: Work, deps: object) -> StepContext[Any]:
+    """The context of an attempt that runs outside a transaction."""
+    return StepContext(deps=deps, idempotency_key=str(work.key), attempt=work.attempt)
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line that the journal can hold."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    clean = text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+    return clean[: limits.REASON_MAX_CHARACTERS]
+
+
+async def _do(work: Work, target: Target, context: object) -> Fact:
+    args, kwargs = target.arguments.unbind(work.values)
+    try:
+        if work.kind == "transactional":
+            result = await cast("Any", target).function(context, *args, **kwargs)
+        else:
+            async with asyncio.timeout(work.timeout_seconds):
+                result = await cast("Any", target).function(context, *args, **kwargs)
+    except Rejected as rejection:
+        return Refused(path=work.path, reason=rejection.reason[: limits.REASON_MAX_CHARACTERS])
+    return _completed(work, target, result)
+
+
+async def _probe(work: Work, target: Target, context: object) -> Fact:
+    found = await _ask(work, target, context)
+    return NotHappened(path=work.path) if isinstance(found, NotDone) else _completed(work, target, found)
+
+
+async def _undo(work: Work, target: Target, context: object) -> Fact:
+    assert target.undo is not None, f"{target.name} is in the plan without a compensation"
+    args, kwargs = target.arguments.unbind(work.values)
+    done = work.done
+    if work.ask_first:
+        done = await _ask(work, target, context)
+        if isinstance(done, NotDone):
+            return Completed(path=work.path)
+    if work.kind == "undo_transactional":
+        await target.undo.function(context, done, *args, **kwargs)
+    else:
+        async with asyncio.timeout(work.timeout_seconds):
+            await target.undo.function(context, done, *args, **kwargs)
+    return Completed(path=work.path)
+
+
+async def _ask(work: Work, target: Target, context: object) -> Any:
+    assert target.ask is not None, f"{target.name} has no probe"
+    args, kwargs = target.arguments.unbind(work.values)
+    async with asyncio.timeout(target.timeout_seconds):
+        return await target.ask(context, *args, **kwargs)
+
+
+def _completed(work: Work, target: Target, result: object) -> Fact:
+    try:
+        output = target.result.encode(result)
+    except PayloadError as error:
+        return Unwritable(path=work.path, problem=str(error))
+    return Completed(path=work.path, output=output)

@@ -1,0 +1,383 @@
+"""What the journal holds, what may happen, and what is decided, as values.
+
+Nothing here does anything. `decider.Execution` turns facts into a `Decision`; `journal` writes its `Checkpoint`; a
+worker performs its `Work` and reports `Fact`s. JSON is text here: it is encoded and decoded by the types of `codec`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal, TypeAlias
+from uuid import UUID, uuid5
+
+from saga.step import Target
+
+Kind: TypeAlias = Literal["step", "transactional", "remote", "child", "receive", "sleep", "lock", "pivot"]
+Outcome: TypeAlias = Literal["completed", "rejected", "unknown"]
+State: TypeAlias = Literal[
+    "pending", "running", "waiting", "compensating", "paused", "completed", "failed", "cancelled"
+]
+Ending: TypeAlias = Literal["failed", "cancelled"]
+PlanStatus: TypeAlias = Literal["pending", "executing", "completed", "failed"]
+AnswerKind: TypeAlias = Literal["applied", "news", "already", "changed", "fenced", "locked", "broken"]
+Chore: TypeAlias = Literal["release_locks", "tell_parent"]
+
+ENDED: Final[frozenset[str]] = frozenset({"completed", "failed", "cancelled"})
+
+
+def step_key(instance_id: UUID, path: str) -> UUID:
+    """The idempotency key of a step, which is also the id of its task."""
+    return uuid5(instance_id, path)
+
+
+def undo_key(instance_id: UUID, path: str, round_no: int) -> UUID:
+    """The idempotency key of a compensation; one that has to act again, after a late result, has another."""
+    return uuid5(instance_id, f"{path}!undo{round_no}")
+
+
+# ------------------------------------------------------------------------------------------------ the journal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRow:
+    """One journalled fact of the body: a row of `saga.tasks`."""
+
+    seq: int
+    path: str
+    name: str
+    kind: Kind
+    outcome: Outcome
+    digest: bytes | None = None
+    input: str | None = None
+    output: str | None = None
+    error: str | None = None
+    attempts: int = 1
+    started_at: datetime | None = None
+    completed_at: datetime
+    is_next: bool = False
+    """Whether it belongs to what comes next, and is not written where there is news."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """A call that is about to happen, or may be happening: written before it has any effect.
+
+    An intent without a task is why an outcome is unknown. `flying`: an attempt may be under way now, so that a claim
+    which finds it counts one more. `tainted`: some attempt may have had its effect, so that a rejection is not clean.
+    """
+
+    path: str
+    name: str
+    kind: Kind
+    digest: bytes
+    input: str
+    attempts: int = 0
+    """Attempts that ended, or are taken for ended."""
+    tainted: bool = False
+    flying: bool = True
+    phase: Literal["do", "probe", "stuck"] = "do"
+    not_before: datetime | None = None
+    until: datetime | None = None
+    """When the reply to a command is no longer waited for."""
+    started_at: datetime | None = None
+    error: str | None = None
+    """What the last attempt ended with."""
+
+
+def intents_to_json(intents: tuple[Intent, ...]) -> str | None:
+    """The column `intents`; null without any."""
+    return f"[{','.join(map(intent_to_json, intents))}]" if intents else None
+
+
+def intent_to_json(intent: Intent) -> str:
+    """One intent; what equals its default is left out."""
+    plain: dict[str, Any] = {
+        "path": intent.path,
+        "name": intent.name,
+        "kind": intent.kind,
+        "digest": intent.digest.hex(),
+        "attempts": intent.attempts,
+        "flying": intent.flying,
+    }
+    if intent.tainted:
+        plain["tainted"] = True
+    if intent.phase != "do":
+        plain["phase"] = intent.phase
+    if intent.error is not None:
+        plain["error"] = intent.error
+    for name in _TIMES:
+        moment: datetime | None = getattr(intent, name)
+        if moment is not None:
+            plain[name] = moment.isoformat()
+    return f'{json.dumps(plain, ensure_ascii=False)[:-1]}, "input": {intent.input}}}'
+
+
+def intents_from_json(text: str | None) -> tuple[Intent, ...]:
+    """The intents of a column."""
+    return tuple(_intent(plain) for plain in json.loads(text)) if text else ()
+
+
+def _intent(plain: Mapping[str, Any]) -> Intent:
+    times = {name: datetime.fromisoformat(plain[name]) for name in _TIMES if name in plain}
+    return Intent(
+        path=plain["path"],
+        name=plain["name"],
+        kind=plain["kind"],
+        digest=bytes.fromhex(plain["digest"]),
+        input=json.dumps(plain["input"], ensure_ascii=False),
+        attempts=plain["attempts"],
+        flying=plain["flying"],
+        tainted=plain.get("tainted", False),
+        phase=plain.get("phase", "do"),
+        error=plain.get("error"),
+        **times,
+    )
+
+
+_TIMES: Final = ("not_before", "until", "started_at")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """One compensation of the plan: a row of `saga.saga_compensations`."""
+
+    position: int
+    """Order of execution, from 1."""
+    task_seq: int
+    path: str
+    name: str
+    kind: Kind
+    round: int = 0
+    """Counts how often a late result opened it again."""
+    required: bool = True
+    status: PlanStatus = "pending"
+    attempts: int = 0
+    not_before: datetime | None = None
+    late_seen: int = 0
+    """Late results of the step when this compensation began; one more means that it has to act again."""
+    error: str | None = None
+    executed_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mail:
+    """Something that others told the instance; numbered, never changed.
+
+    `name` is the signal's for kind `signal`, and the path of the step for `reply`, `undone`, `child` and `lock`.
+    """
+
+    no: int
+    kind: Literal["signal", "reply", "undone", "child", "lock"]
+    name: str
+    payload: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Late:
+    """The result of a call whose worker had lost the instance by the time it came."""
+
+    path: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mailbox:
+    """What is new for an instance, as one look shows it."""
+
+    wakeups: int
+    cancel_reason: str | None = None
+    mail: tuple[Mail, ...] = ()
+    late: tuple[Late, ...] = ()
+    """All of them, every time: they are few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """One instance as a claim hands it over."""
+
+    id: UUID
+    epoch: int
+    checkpoint_no: int
+    fresh: bool
+    """Whether no worker ever had it: what its intents say cannot have happened yet, commands excepted."""
+    state: State
+    ending: Ending | None = None
+    error: str | None = None
+    pivoted: bool = False
+    started_at: datetime
+    deadline_at: datetime
+    request: str
+    intents: tuple[Intent, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
+    plan: tuple[PlanRow, ...] = ()
+    mailbox: Mailbox
+    has_locks: bool = False
+    parent_id: UUID | None = None
+    parent_path: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """What became of one piece of work; `path` says which."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed(Fact):
+    """It happened, and this is the result; of a compensation: it is undone."""
+
+    output: str = "null"
+    outbox: tuple["OutboxRow", ...] = ()
+    """What a transactional step emitted: it rides in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Fact):
+    """This attempt did nothing, and says so."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertain(Fact):
+    """This attempt ended without an answer: a timeout, a lost connection, any exception."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unwritable(Fact):
+    """It happened, and its result cannot be journalled: a bug of the step."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotHappened(Fact):
+    """A probe says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted(Fact):
+    """The lock is ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked(Fact):
+    """It is under way elsewhere, and mail will tell: a lock in use, a child that undoes itself."""
+
+
+# ------------------------------------------------------------------------------------------------ decisions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxRow:
+    """One message in the outbox of the saga's database."""
+
+    topic: str
+    key: str
+    event_id: UUID
+    event_type: str
+    headers: str | None
+    payload: bytes
+    schema_version: int = 1
+    is_next: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildStart:
+    """A saga to be started by its parent's checkpoint."""
+
+    id: UUID
+    workflow_id: UUID
+    name: str
+    version: int
+    key: str
+    digest: bytes
+    request: str
+    started_at: datetime
+    deadline_at: datetime
+    parent_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One write of one instance. Result part: `rows`, `plan` and `outbox` without `is_next`, and `open`. Next part: the
+    rest. Where the instance has news (its wake-up counter is not `seen`), the result part is written and the next part
+    is not; if `strict`, nothing is.
+    """  # noqa: D205 - one thought
+
+    id: UUID
+    epoch: int
+    no: int
+    seen: int
+    strict: bool = False
+    rows: tuple[TaskRow, ...] = ()
+    plan: tuple[PlanRow, ...] = ()
+    plan_next: tuple[PlanRow, ...] = ()
+    outbox: tuple[OutboxRow, ...] = ()
+    children: tuple[ChildStart, ...] = ()
+    open: tuple[Intent, ...] = ()
+    next: tuple[Intent, ...] = ()
+    state: State
+    held: bool
+    """Whether the worker keeps the instance."""
+    wake_at: datetime | None = None
+    pivoted: bool = False
+    ending: Ending | None = None
+    output: str | None = None
+    paused_reason: str | None = None
+    error: str | None = None
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What became of a checkpoint, all of it read from the locked row."""
+
+    kind: AnswerKind
+    wakeups: int = 0
+    cancel_reason: str | None = None
+
+
+WorkKind: TypeAlias = Literal["step", "transactional", "probe", "undo", "undo_transactional", "lock", "undo_child"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One attempt of one call, for a worker to perform and to report as a `Fact` of the same path."""
+
+    kind: WorkKind
+    path: str
+    name: str
+    key: UUID
+    attempt: int
+    timeout_seconds: float
+    target: Target | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    done: object = None
+    """For an undo: the result, or `Unknown`."""
+    ask_first: bool = False
+    """For an undo of an unknown step with a probe: ask, and undo what is found."""
+    lock_key: str | None = None
+    child_id: UUID | None = None
+    not_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to do now: start `start`; write `checkpoint`, or look at the mail, or wait for the next fact."""
+
+    start: tuple[Work, ...] = ()
+    checkpoint: Checkpoint | None = None
+    look: bool = False
+    reload: bool = False
+    released: bool = False
+    chores: tuple[Chore, ...] = ()
+    late: tuple[Late, ...] = ()

@@ -1,4 +1,4 @@
-"""The one door to Kafka: a producer that can be thrown away, reads of a topic's tail, and facts about topics.
+"""The one door to Kafka: a producer that can be thrown away, and reads of topics; `kafka_admin` is its side door.
 
 aiokafka is used through its batch interface: the relay fills a batch per partition, sends it and waits for its one
 acknowledgement. Each call is a crash site (see `crash_sites`). Errors are sorted into three kinds, because each has
@@ -11,12 +11,10 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, Protocol, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 import aiokafka
 from aiokafka import errors
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.partitioner import murmur2
 from aiokafka.producer.message_accumulator import BatchBuilder
 
@@ -44,11 +42,11 @@ UNPUBLISHABLE: Final = (
 
 _SITES: Final = {
     name: crash_sites.register(f"kafka.{name}")
-    for name in ("start", "send", "partitions", "counts", "stop", "ends", "tail", "poll", "limit", "create")
+    for name in ("start", "send", "partitions", "counts", "stop", "ends", "tail")
 }
+_POLL: Final = crash_sites.register("consumer.kafka.poll")
 _START_TIMEOUT_SECONDS: Final = 20.0
 _NOT_COMPRESSED: Final = 0
-_REPLICAS_MAX: Final = 3
 _ABORT_TIMEOUT_SECONDS: Final = 2.0
 
 
@@ -302,9 +300,9 @@ class Tail:
 
     async def poll(self, wait_seconds: float) -> list[ConsumerRecord]:
         """The next records, as soon as there are any; none after `wait_seconds`."""
-        await crash_sites.visit(_SITES["poll"], "before")
+        await crash_sites.visit(_POLL, "before")
         found = await self._consumer.getmany(timeout_ms=int(wait_seconds * 1000))
-        await crash_sites.visit(_SITES["poll"], "after")
+        await crash_sites.visit(_POLL, "after")
         return [record for records in found.values() for record in records]
 
     async def counts(self) -> dict[str, int]:
@@ -344,50 +342,3 @@ class Tail:
                 if await self._consumer.position(partition) >= open_ends[partition]:
                     del open_ends[partition]
                     self._consumer.pause(partition)
-
-
-async def create_compacted(servers: str, topic: str) -> None:
-    """Create a topic of one partition that keeps the newest record of each key, unless it exists.
-
-    Raises:
-        KafkaError, OSError, TimeoutError: it could not be created.
-    """
-    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
-    refused: list[tuple[type[Exception], str]] = []
-    await crash_sites.visit(_SITES["create"], "before")
-    try:
-        async with asyncio.timeout(_START_TIMEOUT_SECONDS):
-            await admin.start()
-            if topic not in await admin.list_topics():
-                replicas = min(len((await admin.describe_cluster())["brokers"]), _REPLICAS_MAX)
-                wanted = NewTopic(topic, 1, replicas, topic_configs={"cleanup.policy": "compact"})
-                answer = await admin.create_topics([wanted])
-                refused = [(errors.for_code(code), name) for name, code, *_ in answer.topic_errors if code]
-    finally:
-        await admin.close()
-    await crash_sites.visit(_SITES["create"], "after")
-    for error, name in refused:
-        if error is not errors.TopicAlreadyExistsError:
-            raise error(f"creating topic {name}")
-
-
-async def max_message_bytes(servers: str, topic: str) -> int | None:
-    """A topic's `max.message.bytes`; None where the broker does not tell."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
-    await crash_sites.visit(_SITES["limit"], "before")
-    try:
-        async with asyncio.timeout(_START_TIMEOUT_SECONDS):
-            await admin.start()
-            answers: list[Any] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    except (KafkaError, OSError, TimeoutError, IndexError, ValueError) as error:
-        log.info("the broker does not tell the record limit of topic %s: %r", topic, error)
-        return None
-    finally:
-        await admin.close()
-    await crash_sites.visit(_SITES["limit"], "after")
-    for answer in answers:
-        for resource in answer.resources:
-            for name, value, *_ in resource[4]:
-                if name == "max.message.bytes" and str(value).isdigit():
-                    return int(value)
-    return None

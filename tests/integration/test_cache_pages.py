@@ -35,8 +35,8 @@ from tests.support.caching import (
     parked,
     rows,
 )
+from tests.support.handmade import MadePage, page, pages_of
 from tests.support.mutations import broken_statement
-from tests.support.owning import MadePage, page, pages_of
 
 LOW, MIDDLE, HIGH = (UUID(int=n << 120) for n in (1, 2, 3))
 

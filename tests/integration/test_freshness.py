@@ -37,8 +37,8 @@ from tests.support.caching import (
     make_engine,
     numbered,
 )
+from tests.support.handmade import page, pages_of
 from tests.support.mutations import broken_statement
-from tests.support.owning import page, pages_of
 
 RULE: Final = pytest.mark.parametrize("rule", ["kept", "removed"])
 SKEW: Final = 0.5

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import pytest
 
-from outbox import Connection, Pool, Relay, crash_sites, kafka
+from outbox import Connection, Pool, Relay, crash_sites, kafka, kafka_admin
 from outbox.crash_sites import Side
 from outbox.relay import watermark, window
 from outbox.relay.publish import Publisher
@@ -301,7 +301,7 @@ async def test_publishing_goes_on_where_watermarks_cannot_be_written(
     async def refuse(*_args: object) -> None:
         raise kafka.TopicAuthorizationFailedError
 
-    monkeypatch.setattr(kafka, "create_compacted", refuse)
+    monkeypatch.setattr(kafka_admin, "create_compacted", refuse)
     async with Relay(log_pool, broker, settings=settings_for(topic)):
 
         async def published() -> bool:

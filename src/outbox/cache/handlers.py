@@ -30,6 +30,11 @@ class Handler:
     kind: EventKind
     function: Callable[..., Any]
 
+    @property
+    def may_patch(self) -> bool:
+        """Whether it may answer with a Patch, which says nothing without the events before it."""
+        return Patch in _members(typing.get_type_hints(self.function).get("return"))
+
 
 class Shape:
     """The row class of a cache, and how effects are checked against it."""

@@ -36,6 +36,7 @@ from outbox.loop import Loop
 from outbox.postgres import Pool
 from outbox.settings import Settings
 from outbox.upkeep import migrate
+from outbox.upkeep.topics import Use, report
 
 if TYPE_CHECKING:
     from outbox.consumer.rebalance import Membership
@@ -88,6 +89,8 @@ class Consumer(Loop):
         self._servers = kafka
         self._topics = sorted({target.topic for target in targets})
         self._engine = Engine(db, self.name, f"{socket.gethostname()}:{os.getpid()}", targets)
+        needing = {target.topic for target in targets if _needs_every_record(target)}
+        self._uses = {topic: Use(needs_every_record=topic in needing) for topic in self._topics}
         self._has_inboxes = any(isinstance(target, Inbox) for target in targets)
         self._membership: Membership | None = None
         self._prepared = False
@@ -136,6 +139,7 @@ class Consumer(Loop):
         beside = {
             asyncio.create_task(self._keep_rotating(), name="message ids of inboxes"),
             asyncio.create_task(watermarks.keep_following(self._stopping), name=f"freshness of {self.name}"),
+            asyncio.create_task(report(self._servers, self._uses), name="settings of topics"),
         }
         try:
             await self._follow()
@@ -183,6 +187,10 @@ def _check_targets(targets: tuple[Cache[Any] | Inbox, ...]) -> None:
             "two caches name the same table, or an inbox is called like another one or like a cache's table; "
             "give each a name of its own"
         )
+
+
+def _needs_every_record(target: Cache[Any] | Inbox) -> bool:
+    return isinstance(target, Inbox) or any(handler.may_patch for handler in target.handlers.values())
 
 
 def _name(target: Cache[Any] | Inbox) -> str:

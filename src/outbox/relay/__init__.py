@@ -22,14 +22,16 @@ import asyncio
 import logging
 from uuid import uuid4
 
-from outbox import kafka, postgres, retry
+from outbox import kafka, limits, postgres, retry
 from outbox.errors import RestoreDetected, ShardUnavailable
 from outbox.loop import Loop
 from outbox.postgres import Pool
+from outbox.relay import topics
 from outbox.relay.lease import shards
 from outbox.relay.shard import Shard, Surroundings
 from outbox.settings import Settings
 from outbox.upkeep import migrate
+from outbox.upkeep.topics import Use, report
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +73,28 @@ class Relay(Loop):
             with attempt:
                 await migrate.check(self._around.pool)
                 numbers = await shards(self._around.pool)
+        checking = asyncio.create_task(self._check_topics(), name="settings of topics")
         try:
             async with asyncio.TaskGroup() as group:
                 for number in numbers:
                     group.create_task(self._keep_serving(number), name=f"relay of shard {number}")
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
+        finally:
+            checking.cancel()
+            await asyncio.wait({checking})
+
+    async def _check_topics(self) -> None:
+        """Say once what is unsafe about the topics that were published to; nothing waits for it."""
+        try:
+            rows = await topics.SQL.known.fetch(self._around.pool)
+        except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
+            log.info("the settings of topics are not checked: %r", error)
+            return
+        limit = limits.RECORD_MAX_BYTES
+        uses = {row["topic"]: Use(is_published=True, emit_max_bytes=row["max_message_bytes"] or limit) for row in rows}
+        if uses:
+            await report(self._around.servers, uses)
 
     async def _keep_serving(self, number: int) -> None:
         shard = Shard(number, self._around)

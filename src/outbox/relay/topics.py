@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import Final
 
-from outbox import clock, kafka, limits, postgres
+from outbox import clock, kafka, kafka_admin, limits, postgres
 from outbox.postgres import Pool
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Topics:
         if count is None:
             self._missing_since.setdefault(topic, clock.monotonic())
             return None
-        limit = await kafka.max_message_bytes(self._servers, topic)
+        limit = await kafka_admin.max_message_bytes(self._servers, topic)
         await SQL.pin.execute(self._pool, topic, count, limit)
         await self.load()
         self._missing_since.pop(topic, None)

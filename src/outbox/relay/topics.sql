@@ -1,6 +1,6 @@
 -- name: known
 -- Rows: topics of the service.
-select topic, partition_count from outbox.topics
+select topic, partition_count, max_message_bytes from outbox.topics
 
 -- name: pin
 -- First come, first served; whoever lost the race reads the winner's count afterwards. Rows: 1.

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from outbox import clock, kafka, limits, postgres
+from outbox import clock, kafka, kafka_admin, limits, postgres
 from outbox.postgres import Connection
 from outbox.relay.lease import Lease
 from outbox.relay.publish import Publisher
@@ -140,7 +140,7 @@ class Watermarks:
         try:
             async with asyncio.timeout(self._settings.publish_timeout_seconds):
                 if not self._topic_exists:
-                    await kafka.create_compacted(self._servers, topic)
+                    await kafka_admin.create_compacted(self._servers, topic)
                     self._topic_exists = True
                 await self._producer.start()
                 generation = self._producer.generation

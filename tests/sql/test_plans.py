@@ -525,7 +525,8 @@ async def test_every_named_statement_can_be_prepared(any_database: str) -> None:
         for statement in named_statements():
             names.append(statement.name)
             template = query if ".cache.owner." in statement.name else cached if ".cache." in statement.name else None
-            text = template.compose(statement).text if template else statement.text
+            more = {"digested": "c.agent_name"} if ".cache.reconcile." in statement.name else {}
+            text = template.compose(statement, **more).text if template else statement.text
             async with pool.acquire() as connection:
                 try:
                     await connection.prepare(text)

@@ -114,7 +114,7 @@ class Pages:
     async def _merge_page(
         self, page: Page, bounds: tuple[str | None, ...] | None, keys: list[str] | None, moved: Moved | None
     ) -> Merged:
-        rows = self._validated(page)
+        rows = self.validated(page)
         document = self._merge.rows(rows)
         oid = self._merge.table.oid
         after, through = bounds or (None, None)
@@ -149,7 +149,12 @@ class Pages:
                 await moved(connection, merged)
         return merged
 
-    def _validated(self, page: Page) -> list[BaseModel]:
+    def validated(self, page: Page) -> list[BaseModel]:
+        """The rows of a page, as the row class has them.
+
+        Raises:
+            OwnerRowInvalid: one does not fit.
+        """
         rows = [self._with_bytes(row) for row in page.rows] if self._merge.table.binary else page.rows
         try:
             return self._rows.validate_python(rows)

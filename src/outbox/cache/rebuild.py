@@ -277,12 +277,22 @@ class Rebuild:
                 log.info("lease of the rebuild of %s not handed back, it runs out: %r", self._parker, error)
 
     async def _free(self) -> None:
-        freed = await SQL.free.fetch(self._pool, self._oid)
-        others = sorted({row["name"] for row in freed} - {self._cache.table})
-        if freed:
-            log.warning("partitions of %s that stood still go on with what Kafka has", self._cache.topic)
-        if others:
-            log.warning("rebuild these caches of the topic, too: %s", ", ".join(others))
+        await free(self._pool, self._cache, oid=self._oid)
+
+
+async def free(db: Pool, cache: "Cache[Any]", *, oid: int | None = None) -> list[str]:
+    """Let partitions of a cache's topic that stand still go on with what Kafka has; see the module's essay.
+
+    Returns the names of the caches that are incomplete now, this one included; none if no partition stood still.
+    """
+    if oid is None:
+        oid = (await cache.prepare(db)).table.oid
+    names = sorted({row["name"] for row in await SQL.free.fetch(db, oid)})
+    if names:
+        log.warning("partitions of %s that stood still go on with what Kafka has", cache.topic)
+    if others := [name for name in names if name != cache.table]:
+        log.warning("rebuild these caches of the topic, too: %s", ", ".join(others))
+    return names
 
 
 def check_order(page: OwnerPage, key: str, key_type: type, after: str | None) -> list[str]:

@@ -69,6 +69,7 @@ class Table:
         json: columns whose values travel as JSON text.
         exact: columns whose values JSON cannot carry in every case: bytes, and numbers that are not finite.
         binary: of them, those of bytes.
+        numeric: of them, those whose text may end in zeros that do not count.
     """
 
     oid: int
@@ -81,14 +82,20 @@ class Table:
     json: frozenset[str]
     exact: frozenset[str]
     binary: frozenset[str]
+    numeric: frozenset[str]
 
     @property
     def full_name(self) -> str:
         """Schema and name, quoted."""
         return f"{quote(self.schema)}.{quote(self.name)}"
 
-    def compose(self, template: Statement) -> Statement:
-        """A statement for this table out of a template; it keeps the template's name as its crash site."""
+    def compose(self, template: Statement, **more: str) -> Statement:
+        """A statement for this table out of a template; it keeps the template's name as its crash site.
+
+        Args:
+            template: with slots in braces.
+            more: further slots, of quoted names.
+        """
         written = (*self.columns, *RUNTIME)
         changing = tuple(column for column in written if column != self.key)
         slots = {
@@ -107,6 +114,7 @@ class Table:
             "changing_n": _list("n.{}", changing),
             "changing_excluded": _list("{0} = excluded.{0}", changing),
             "read_c": ", ".join(self._reading(column) for column in self.read),
+            **more,
         }
         text = _SLOT.sub(lambda match: slots[match[1]], template.text)
         return replace(template, text=text)
@@ -172,6 +180,7 @@ async def find_by_oid(db: Connection | Pool, row: type[BaseModel], table: str, k
         json=frozenset(name for name in fields if columns[name]["type"] in _JSON),
         exact=frozenset(name for name in fields if columns[name]["type"] in {"bytea", "float4", "float8", "numeric"}),
         binary=frozenset(name for name in fields if columns[name]["type"] == "bytea"),
+        numeric=frozenset(name for name in fields if columns[name]["type"] == "numeric"),
     )
 
 

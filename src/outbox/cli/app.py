@@ -5,7 +5,7 @@ from importlib.metadata import entry_points, version
 
 import typer
 
-from outbox.cli import adopt, migrate, parked, relay, status
+from outbox.cli import adopt, cache, migrate, parked, relay, status
 from outbox.cli.logs import log_to_stderr
 from outbox.cli.run import DatabaseUrl, Kafka, Options
 
@@ -44,6 +44,7 @@ app.add_typer(migrate.app, name="migrate")
 app.command(epilog="Example: `SAGABOX_LEASE_SECONDS=10 outbox relay --log-level warning`")(relay.relay)
 app.command(epilog="Examples: `outbox status --watch`, `outbox status --max-lag 30 --json`")(status.status)
 app.add_typer(parked.app, name="parked")
+app.add_typer(cache.app, name="cache")
 app.command(epilog="Example: `outbox adopt --database-url postgresql://owner@db/shop`")(adopt.adopt)
 
 

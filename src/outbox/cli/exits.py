@@ -4,7 +4,7 @@ from enum import IntEnum
 from typing import Final
 
 from outbox import kafka, postgres
-from outbox.errors import NotMigrated, OutboxError, RestoreDetected
+from outbox.errors import CacheNotFed, NotMigrated, OutboxError, OwnerUnavailable, RestoreDetected
 
 
 class Exit(IntEnum):
@@ -18,7 +18,7 @@ class Exit(IntEnum):
     REFUSED = 3
     """The database was restored, promoted or copied; a person has to decide (`outbox adopt`)."""
     NOT_READY = 4
-    """PostgreSQL or Kafka cannot be reached, or the database is not migrated; trying again later may help."""
+    """PostgreSQL, Kafka or an owner cannot be reached, or something was not started or migrated; try again later."""
 
 
 class UsageProblem(OutboxError):
@@ -37,6 +37,8 @@ _EXITS: Final = (
     (RestoreDetected, Exit.REFUSED),
     (NotMigrated, Exit.NOT_READY),
     (NotReachable, Exit.NOT_READY),
+    (OwnerUnavailable, Exit.NOT_READY),
+    (CacheNotFed, Exit.NOT_READY),
     (OutboxError, Exit.PROBLEM),
 )
 _UNDEFINED: Final = ("42P01", "3F000", "42883", "42703")

@@ -15,7 +15,11 @@ Guarantees (each stands in the module that keeps it):
   wrong: a re-created topic, records that Kafka deleted, a full park: `lanes`;
 * a poison event parks its own key: `poison`, `deliver`;
 * an inbox has each message once, also one that comes again elsewhere: `messages`;
-* how fresh all this is, is known, and by whose word: `watermarks`.
+        watermarks = Watermarks(self._pool, self._servers, self.name, self._topics, self._settings)
+        beside = {
+            asyncio.create_task(self._keep_rotating(), name="message ids of inboxes"),
+            asyncio.create_task(watermarks.keep_following(self._stopping), name=f"freshness of {self.name}"),
+            asyncio.create_task(keep_complete(self._pool, self._owned, self._stopping), name="bootstrap of caches"),
 """
 
 import asyncio
@@ -28,6 +32,7 @@ from outbox import kafka, postgres, retry
 from outbox.cache import Cache
 from outbox.consumer import messages
 from outbox.consumer.apply import Engine, Outcome
+from outbox.consumer.bootstrap import keep_complete
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.lanes import State
 from outbox.consumer.watermarks import Watermarks
@@ -91,6 +96,7 @@ class Consumer(Loop):
         self._engine = Engine(db, self.name, f"{socket.gethostname()}:{os.getpid()}", targets)
         needing = {target.topic for target in targets if _needs_every_record(target)}
         self._uses = {topic: Use(needs_every_record=topic in needing) for topic in self._topics}
+        self._owned = [target for target in targets if isinstance(target, Cache) and target.owner is not None]
         self._has_inboxes = any(isinstance(target, Inbox) for target in targets)
         self._membership: Membership | None = None
         self._prepared = False
@@ -140,6 +146,7 @@ class Consumer(Loop):
             asyncio.create_task(self._keep_rotating(), name="message ids of inboxes"),
             asyncio.create_task(watermarks.keep_following(self._stopping), name=f"freshness of {self.name}"),
             asyncio.create_task(report(self._servers, self._uses), name="settings of topics"),
+            asyncio.create_task(keep_complete(self._pool, self._owned, self._stopping), name="bootstrap of caches"),
         }
         try:
             await self._follow()

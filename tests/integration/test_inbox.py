@@ -267,15 +267,22 @@ async def test_a_savepoint_in_a_handler(pool: Pool) -> None:
     assert types == ["agent.renamed"] * 2
 
 
-async def test_a_handler_that_ends_the_transaction_is_told(pool: Pool) -> None:
+@pytest.mark.parametrize("names", [("commit",), ("explode", "commit")], ids=["at once", "carefully"])
+async def test_a_handler_that_ends_the_transaction_is_told(pool: Pool, names: tuple[str, ...]) -> None:
+    """And its key is not parked: nothing of the batch is left to roll back to."""
     inbox = Inbox(NAME, topic=TOPIC)
 
     @inbox.on
     async def committing(tx: Transaction, event: AgentRenamed) -> None:
+        if event.agent_name == "explode":
+            raise RuntimeError
         await tx.execute("commit")
 
     with pytest.raises(Exception, match="ended the batch's transaction") as caught:
-        await consume(await make_engine(pool, inbox), numbered(renamed(uuid4(), "a")))
+        await consume(
+            await make_engine(pool, inbox),
+            numbered([*(AgentRenamed(agent_id=uuid4(), agent_name=name) for name in names)]),
+        )
     assert not retry.is_data(caught.value)
     assert await parked(pool, NAME) == {}
 

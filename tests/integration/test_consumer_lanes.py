@@ -1,21 +1,24 @@
 """Lanes with a Kafka that does what the test says: assignment, claims, errors, re-created and truncated topics."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import pytest_asyncio
 
-from outbox import Pool, crash_sites, kafka, limits
+from outbox import Inbox, Pool, Transaction, clock, crash_sites, kafka, limits
 from outbox.consumer.apply import Engine
 from outbox.consumer.lanes import Lanes, State
+from outbox.consumer.pace import Pace
 from outbox.consumer.record import Record
 from outbox.kafka import TopicPartition
 from tests.support.caching import TABLE, TOPIC, AgentRenamed, Kafka, Rec, create_table, make_cache, make_engine, rows
 from tests.support.faults import eventually
+from tests.support.inboxes import create_notes, notes
 
 AT = TopicPartition(TOPIC, 0)
 
@@ -144,6 +147,57 @@ async def test_h25_an_outbid_owner_claims_again_and_goes_on(pool: Pool, engine: 
     await poll(lanes, broker)
     assert await rows(pool) == {agent: ("a", [])}
     assert await pool.fetchval("select epoch from outbox.positions") == 3
+
+
+async def slow_batches_progress(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether 40 events get through whose handlers take twice as long as a batch may; in a bounded number of tries."""
+    monkeypatch.setattr(limits, "BATCH_TIMEOUT_SECONDS", 0.4)
+    await create_notes(pool)
+    inbox = Inbox("slow", topic=TOPIC)
+
+    @inbox.on
+    async def slow(tx: Transaction, event: AgentRenamed) -> None:
+        await tx.execute("insert into notes (agent_id, note) select $1, $2 from pg_sleep(0.02)", event.agent_id, "x")
+
+    broker = Broker()
+    for number in range(40):
+        broker.log.put(AgentRenamed(agent_id=UUID(int=number), agent_name="a"), (1, number))
+    lanes = await started(await make_engine(pool, inbox), broker)
+    for _ in range(6):
+        await poll(lanes, broker)
+        if lanes.totals.applied == 40:
+            break
+        await reached(lanes, State.RUNNING)
+    assert [agent.int for agent, _ in await notes(pool)] == list(range(lanes.totals.applied))
+    await lanes.close()
+    return lanes.totals.applied == 40
+
+
+async def test_slow_handlers_get_through(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await slow_batches_progress(pool, monkeypatch)
+
+
+async def test_without_smaller_batches_slow_handlers_never_do(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "timed", lambda *_: contextlib.nullcontext())
+    assert not await slow_batches_progress(pool, monkeypatch)
+
+
+def test_batches_grow_again_when_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = Pace()
+    for _ in range(20):
+        with pytest.raises(TimeoutError), pace.timed(pace.records):
+            raise TimeoutError
+    assert pace.records == 1
+    now = 0.0
+    monkeypatch.setattr(clock, "monotonic", lambda: now)
+    with pace.timed(1):
+        now += limits.BATCH_TIMEOUT_SECONDS / 2
+    assert pace.records == 1
+    for _ in range(20):
+        with pace.timed(1):
+            now += 1.0
+    assert pace.records == limits.CONSUMER_MAX_RECORDS
+    assert [len(portion) for portion in pace.portions([Rec(n, None, None) for n in range(5_000)])] == [4_000, 1_000]
 
 
 async def test_a_database_error_is_waited_out_while_polling_goes_on(pool: Pool, engine: Engine) -> None:

@@ -75,7 +75,8 @@ class Inbox:
         its COMMIT is the consumer's. A handler that was called may be called again for the same event, because whatever
         comes to nothing is rolled back: a batch with an event that fails, a lost connection. So do nothing in it but
         with `tx`; what has to leave the database, emit. The handlers of a batch have `limits.BATCH_TIMEOUT_SECONDS` in
-        all, and the transaction may not stand still for `limits.BATCH_IDLE_SECONDS`.
+        all (where they need more, batches become smaller), and the transaction may not stand still for
+        `limits.BATCH_IDLE_SECONDS`.
 
         Raises:
             InboxDeclarationError: the annotations do not say enough, or an event type has a handler already.

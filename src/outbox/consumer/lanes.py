@@ -32,6 +32,7 @@ from typing import Final, Protocol
 
 from outbox import clock, crash_sites, kafka, limits, retry
 from outbox.consumer.apply import Engine, Outcome, Partition
+from outbox.consumer.pace import Pace
 from outbox.consumer.record import Record, event_id
 from outbox.errors import ParkingFull
 from outbox.kafka import TopicPartition
@@ -100,6 +101,7 @@ class Lane:
     """Held while a batch is applied."""
     committed: int = -1
     """The offset last told to Kafka."""
+    pace: Pace = field(default_factory=Pace)
 
 
 class Lanes:
@@ -195,15 +197,25 @@ class Lanes:
                     return  # fetched before the last seek
                 if records[0].offset != partition.next_offset and await self._broken(lane, records[0].offset):
                     return
-                outcome = await self._engine.apply(partition, records)
+                outcome = await self._apply(lane, partition, records)
             except Exception as error:  # noqa: BLE001 - whatever it was, the records are read again; nothing may reach FastStream
                 self._stumble(lane, error)
                 return
-            self.totals += outcome
             if outcome.fenced:
                 self._stumble(lane, None)
             else:
                 lane.pauses = retry.backoff()
+
+    async def _apply(self, lane: Lane, partition: Partition, records: Sequence[Record]) -> Outcome:
+        """A portion at a time, as long as the partition is ours; the outcome of the last one."""
+        outcome = Outcome()
+        for portion in lane.pace.portions(records):
+            with lane.pace.timed(len(portion)):
+                outcome = await self._engine.apply(partition, portion)
+            self.totals += outcome
+            if outcome.fenced or lane.state is not State.RUNNING:
+                break
+        return outcome
 
     async def _broken(self, lane: Lane, first_offset: int) -> bool:
         """Whether a jump of offsets is anything but a gap that compaction or a transaction marker left."""

@@ -147,24 +147,39 @@ with page as materialized (
            outbox_partition = case when c.outbox_log = excluded.outbox_log then c.outbox_partition end,
            outbox_offset = case when c.outbox_log = excluded.outbox_log then c.outbox_offset end,
            last_synced_at = now()
-     where outbox.page_sees((select q.log_id from page q), (select q.snapshot from page q),
-                            c.outbox_log, c.outbox_transaction_id) is not false
+     -- outbox.page_sees, written out: PostgreSQL does not inline it here, and a call for each row takes longer than all else.
+     where (case when c.outbox_log = (select q.log_id from page q)
+                 then pg_visible_in_snapshot(c.outbox_transaction_id, (select q.snapshot from page q))
+                 else (select q.ordinal from page q) > outbox.log_ordinal(c.outbox_log) end) is not false
        and (c.outbox_page is null or c.outbox_page not in (select l.id from later l))
     returning c.{key} as key
 ), unburied as (
-    delete from outbox.tombstones t using upserted u where t.cache = $1 and t.key = u.key::text
+    delete from outbox.tombstones t
+     where t.cache = $1 and t.key = any (array(select u.key::text from upserted u))
+       and (select exists (select from outbox.tombstones o where o.cache = $1))
 ), spoken_for as materialized (
-    select c.{key} as key from {table} c, outbox.page_ranges r
+    -- Each kind of range by itself, so that the key's index finds its keys.
+    select k.key from outbox.page_ranges r
+     cross join lateral (
+        select c.{key} as key from {table} c where r.after_key is null and r.through_key is null
+        union all
+        select c.{key} from {table} c where r.after_key is null and c.{key}{key_order} <= r.through_key::{key_type}
+        union all
+        select c.{key} from {table} c where r.through_key is null and c.{key}{key_order} > r.after_key::{key_type}
+        union all
+        select c.{key} from {table} c
+         where c.{key}{key_order} > r.after_key::{key_type} and c.{key}{key_order} <= r.through_key::{key_type}) k
      where r.page_id = $2
-       and (r.after_key is null or c.{key}{key_order} > r.after_key::{key_type})
-       and (r.through_key is null or c.{key}{key_order} <= r.through_key::{key_type})
     union all
     select c.{key} from {table} c where c.{key} = any ($4::text[]::{key_type}[])
+), absent as materialized (
+    select s.key from spoken_for s where s.key not in (select x.{key} from page_rows x)
 ), removed as (
-    delete from {table} c using spoken_for s
-     where c.{key} = s.key and c.{key} not in (select x.{key} from page_rows x)
-       and outbox.page_sees((select q.log_id from page q), (select q.snapshot from page q),
-                            c.outbox_log, c.outbox_transaction_id) is not false
+    delete from {table} c
+     where c.{key} = any (array(select a.key from absent a))
+       and (case when c.outbox_log = (select q.log_id from page q)
+                 then pg_visible_in_snapshot(c.outbox_transaction_id, (select q.snapshot from page q))
+                 else (select q.ordinal from page q) > outbox.log_ordinal(c.outbox_log) end) is not false
        and (c.outbox_page is null or c.outbox_page not in (select l.id from later l))
     returning c.{key} as key
 ), buried as (

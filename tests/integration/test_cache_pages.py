@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from pydantic import BaseModel
 
-from outbox import Cache, Event, Key, Pool, Receipt, WaitTimeout, crash_sites
+from outbox import Cache, Event, Key, Pool, Receipt, SqlOwner, WaitTimeout, crash_sites
 from outbox.cache import merge, pages
 from outbox.cache.pages import Merged, Pages
 from outbox.consumer.apply import Engine
@@ -25,6 +25,7 @@ from tests.support.caching import (
     AgentDeleted,
     AgentNamePatched,
     AgentRenamed,
+    AgentTagged,
     Kafka,
     consume,
     create_table,
@@ -203,6 +204,38 @@ async def test_the_higher_log_wins_whatever_comes_when(pool: Pool, engine: Engin
     newer.put(renamed(LOW, "event of the newer log"), (1, 1))
     await consume(engine, newer)
     assert await rows(pool) == {LOW: ("event of the newer log", [])}
+
+
+async def test_a_patch_of_a_newer_log_does_not_carry_a_row_of_the_older_one_past_a_page(
+    pool: Pool, engine: Engine, owner: Pages
+) -> None:
+    """The owner was restored without `lost`. Red when a batch does not end where a newer log begins."""
+    await whole(owner, page([(LOW, "kept")], xmax=10, log_id=NEWER_LOG))
+    kafka = numbered([AgentRenamed(agent_id=LOW, agent_name="lost", tags=["lost"])])
+    kafka.put(AgentTagged(agent_id=LOW, tags=["new"]), (1, 1), log_id=NEWER_LOG)
+    outcome = await consume(engine, kafka)
+    assert (outcome.applied, outcome.parked) == (2, 0)
+    assert await rows(pool) == {LOW: ("kept", ["new"])}
+
+
+async def test_a_patch_of_a_newer_log_waits_for_the_owner_where_the_row_is_of_the_older_one(pool: Pool) -> None:
+    """Red without `founded` in `merge`: the page does not see the patch, so it leaves what was lost in the row."""
+    cache = make_cache(owner=SqlOwner(pool, "select agent_id, agent_name, tags from nowhere", key="agent_id"))
+    engine, owner = await make_engine(pool, cache), await pages_of(pool, cache)
+    kafka = numbered([AgentRenamed(agent_id=LOW, agent_name="lost", tags=["lost"])])
+    kafka.put(AgentTagged(agent_id=LOW, tags=["new"]), (1, 1), log_id=NEWER_LOG)
+    outcome = await consume(engine, kafka)
+    assert (outcome.applied, outcome.parked) == (1, 1)
+    await whole(owner, page([(LOW, "kept")], xmax=10, log_id=NEWER_LOG))
+    assert await rows(pool) == {LOW: ("kept", [])}
+    assert await pool.fetchval("select retry_at <= clock_timestamp() from outbox.parked_keys"), "and tried again now"
+
+
+async def test_without_an_owner_a_patch_of_a_newer_log_is_applied(pool: Pool, engine: Engine) -> None:
+    kafka = numbered([renamed(LOW, "kept")])
+    kafka.put(AgentTagged(agent_id=LOW, tags=["new"]), (1, 1), log_id=NEWER_LOG)
+    assert (await consume(engine, kafka)).parked == 0
+    assert await rows(pool) == {LOW: ("kept", ["new"])}
 
 
 async def test_h33_a_page_and_a_batch_of_one_key_take_turns(pool: Pool, engine: Engine, owner: Pages) -> None:

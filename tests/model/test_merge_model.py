@@ -47,6 +47,26 @@ async def test_the_table_follows_the_owner(pool: Pool, part: int) -> None:
         await Run(pool, seed, KEYS).play()
 
 
+RESTORED_KEYS: Final = 300
+RESTORED_TELLING_SEEDS: Final = (72, 75, 12)
+"""Runs in which a patch of the new log meets a row that was lost."""
+
+
+@pytest.mark.timeout(1200)
+async def test_an_owner_that_lost_its_last_commits(pool: Pool) -> None:
+    """Pages of the new log, read at any moment after the adoption, bring the table back to the owner's."""
+    for seed in (*RESTORED_TELLING_SEEDS, *range(FIRST_SEED, FIRST_SEED + HISTORIES // RESTORED_KEYS // 20)):
+        await Run(pool, seed, RESTORED_KEYS, loss=True).play()
+
+
+async def test_patches_of_a_new_log_on_rows_of_the_old_one_are_found(pool: Pool) -> None:
+    """A page that does not see the patch does not replace the row, so what was lost stays in it for ever."""
+    rule = "($6 and outbox.log_ordinal(p.log_id) > outbox.log_ordinal(h.log_id)) is not true"
+    run = Run(pool, RESTORED_TELLING_SEEDS[0], RESTORED_KEYS, loss=True)
+    with broken_statement(merge.SQL, "merge", rule, "$6 is not null"), pytest.raises(Violation, match="at the end"):
+        await run.play()
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A rule of a statement of the merge, and its text without it."""

@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 from pydantic import BaseModel, Field
 
-from outbox import DELETE, Cache, Delete, Event, Key, Patch, Pool
+from outbox import DELETE, Cache, Delete, Event, Key, Owner, Patch, Pool
 from outbox.codec import uuid7
 from outbox.consumer.apply import Engine, Outcome, Partition
 
@@ -50,9 +50,9 @@ class CachedAgent(BaseModel):
     tags: list[str] = Field(default_factory=list)
 
 
-def make_cache(table: str = TABLE) -> Cache[CachedAgent]:
+def make_cache(table: str = TABLE, owner: Owner | None = None) -> Cache[CachedAgent]:
     """A cache of agents; the name `explode` makes its handler raise, and the table refuses the name `forbidden`."""
-    cache = Cache(CachedAgent, table=table, key="agent_id", topic=TOPIC)
+    cache = Cache(CachedAgent, table=table, key="agent_id", topic=TOPIC, owner=owner)
 
     @cache.on
     def renamed(event: AgentRenamed) -> CachedAgent:

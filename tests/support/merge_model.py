@@ -3,7 +3,7 @@
 All keys of a run travel together: one key is one history. After each batch and each page every row of the live table
 must be the newest state that an event or a page has brought; a table that is being filled must at least never go back;
 at the end both must be the owner's. Partitions lag differently, batches are cut anywhere, the consumer dies at its
-crash sites or loses a reply, pages of ranges and of single keys are read at one moment and merged at another, some twice.
+crash sites or loses a reply, pages of ranges and of single keys are read at one moment and merged later, some twice.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -64,8 +64,8 @@ class CachedRow(BaseModel):
     b: int
 
 
-def make_cache() -> Cache[CachedRow]:
-    cache = Cache(CachedRow, table=LIVE, key="id", topic=TOPIC)
+def make_cache(owner: Any = None) -> Cache[CachedRow]:
+    cache = Cache(CachedRow, table=LIVE, key="id", topic=TOPIC, owner=owner)
 
     @cache.on
     def written(event: RowWritten) -> CachedRow:
@@ -145,7 +145,7 @@ class Run:
         self.rng = Random(seed)
         self.owner = Owner(self.rng, keys)
         self.relay = Relay(self.owner)
-        self.cache = make_cache()
+        self.cache = make_cache(owner=self.owner if loss else None)  # the model itself reads and merges its pages
         self.loss = loss
         self.engine = Engine(pool, "model", "test", [self.cache])
         self.tables: list[Watched] = []
@@ -315,9 +315,12 @@ class Run:
                 raise Violation(self._story(table, key, f"is not the owner's {self.owner.table.get(key)} at the end"))
 
     async def _nothing_is_parked(self) -> None:
-        """Of a table that had every event."""
+        """Of a table that had every event; but where the owner was restored, patches wait for pages of its new log."""
         found = await self.pool.fetch("select key from outbox.parked_keys where parker = $1", LIVE)
         keys = {int(row["key"]) for row in found} - self.unsettled
+        if self.loss and self.owner.logs > 1:
+            self.unsettled |= keys
+            return
         for key in keys:
             raise Violation(self._story(self.tables[0], key, "is parked"))
 

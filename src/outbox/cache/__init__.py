@@ -184,7 +184,7 @@ class Cache(Generic[Row]):
             found = await table.find(db, self.row, self.table, self.key)
         else:
             found = await table.find_by_oid(db, self.row, self.table, self.key, oid)
-        return Merge(self.shape, found)
+        return Merge(self.shape, found, owned=self.owner is not None)
 
     async def _prepared(self, db: Pool | Connection) -> FreshReader[Row]:
         if self._reader is None:

@@ -54,8 +54,15 @@ class Change:
 class Merge:
     """Merges into one cache's table."""
 
-    def __init__(self, shape: Shape, table: Table) -> None:
-        """For a table that was checked against the cache's row class."""
+    def __init__(self, shape: Shape, table: Table, *, owned: bool) -> None:
+        """For a table that was checked against the cache's row class.
+
+        Args:
+            shape: of the rows.
+            table: as the catalogue has it.
+            owned: whether there is an owner, whose page can give what a patch lacks.
+        """
+        self._owned = owned
         self.table: Final = table
         self._shape = shape
         self._table = table
@@ -93,6 +100,7 @@ class Merge:
             self._table.oid,
             [change.key for change in changes],
             *map(_array, documents),
+            self._owned,
         )
         return [record["missing"] for record in missing]
 

@@ -11,10 +11,12 @@
 -- name: merge
 -- Rows, patches and deletions of distinct keys into the cache.
 -- $1 cache, $2 all keys as text, $3 full rows, $4 patches, $5 deletions: JSON arrays of objects with the table's columns,
--- sent as text, so that no JSON codec of the service's connections encodes them a second time.
+-- sent as text, so that no JSON codec of the service's connections encodes them a second time. $6 whether there is an
+-- owner: then a patch of a newer log waits for a page of that log, unless the row is of that log already. The database
+-- may have been restored without what the row says, and no later page that does not see the patch could mend it.
 -- Locks: the rows written, in the order of their keys within each kind. Index: the key's, and the primary key of
 -- tombstones. Rows: one a key, at most a batch; while a rebuild's pages are remembered, those too.
--- Returns the keys of patches that found no row.
+-- Returns the keys of patches that found no row to change.
 with newest as materialized (
     -- What the newest page does not see, no page sees: in normal operation nothing more is looked up.
     select p.log_id, p.snapshot from outbox.pages p
@@ -74,6 +76,9 @@ with newest as materialized (
                                or r.page_id is not null
                                   and (r.after_key is null or e.key::{key_type}{key_order} > r.after_key::{key_type})
                                   and (r.through_key is null or e.key::{key_type}{key_order} <= r.through_key::{key_type})))
+), founded as materialized (
+    select p.key from patches p join held h on h.key = p.key
+     where ($6 and outbox.log_ordinal(p.log_id) > outbox.log_ordinal(h.log_id)) is not true
 ), upserted as (
     insert into {table} as c ({written})
     select {written_x} from full_rows x order by x.{key}
@@ -87,7 +92,7 @@ with newest as materialized (
        set ({changing}, last_synced_at) =
            (select {changing_n}, now() from jsonb_populate_record(c, p.doc) n)
       from patches p
-     where c.{key} = p.key and p.key in (select h.key from held h) and p.key not in (select s.key from settled s)
+     where c.{key} = p.key and p.key in (select f.key from founded f) and p.key not in (select s.key from settled s)
 ), deleted as (
     delete from {table} c using deletions d
      where c.{key} = d.{key} and d.{key} in (select h.key from held h) and d.{key} not in (select s.key from settled s)
@@ -101,7 +106,7 @@ with newest as materialized (
            deleted_at = excluded.deleted_at
 )
 select p.key::text as missing from patches p
- where p.key not in (select h.key from held h) and p.key not in (select s.key from settled s)
+ where p.key not in (select f.key from founded f) and p.key not in (select s.key from settled s)
 
 -- name: merge_page
 -- One page of the owner, recorded as $2 in outbox.pages and, where it speaks for a range of keys, in outbox.page_ranges.

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from outbox import limits, postgres, retry
+from outbox import limits, postgres, retry, wire
 from outbox.cache import Cache
 from outbox.consumer import garbage
 from outbox.consumer.deliver import InboxTarget
@@ -110,6 +110,8 @@ class _Batch:
     marks: dict[tuple[str, int], Mark]
     dropped: int
     works: list[Work]
+    size: int
+    """Records."""
 
 
 class Engine:
@@ -187,16 +189,25 @@ class Engine:
         partition.next_offset, partition.last_event_id, partition.state = first_offset, None, "running"
 
     async def apply(self, partition: Partition, records: Sequence[Record]) -> Outcome:
-        """Apply records of a partition, in the order of their offsets, in one transaction.
+        """Apply records of a partition, in the order of their offsets, in one transaction; one more where a log begins.
 
         Raises:
             ParkingFull: nothing was applied; the partition has to wait.
             PostgresError, OSError, TimeoutError: nothing is known to be applied; claim again and read again.
         """
+        total = Outcome()
+        while True:
+            batch, outcome = await self._apply_one_log(partition, records)
+            total += outcome
+            if batch is None or outcome.fenced or len(records) == batch.size:
+                return total
+            records = records[batch.size :]
+
+    async def _apply_one_log(self, partition: Partition, records: Sequence[Record]) -> tuple[_Batch | None, Outcome]:
         for _ in range(_LOOKS_MAX):
             batch = self._read(partition, records)
             if batch is None:
-                return Outcome(dropped=len(records))
+                return None, Outcome(dropped=len(records))
             try:
                 outcome = await self._commit_or_bisect(partition, batch)
             except _OtherTablesError:
@@ -206,7 +217,7 @@ class Engine:
                 partition.next_offset = batch.next_offset
                 partition.last_event_id = batch.last_event_id
                 partition.marks |= batch.marks
-            return outcome
+            return batch, outcome
         raise TimeoutError("the tables of a cache were swapped again and again; the batch is tried later")
 
     async def _commit_or_bisect(self, partition: Partition, batch: _Batch) -> Outcome:
@@ -221,7 +232,8 @@ class Engine:
     def _read(self, partition: Partition, records: Sequence[Record]) -> _Batch | None:
         marks: dict[tuple[str, int], Mark] = {}
         fresh: list[Arrival] = []
-        for record in records:
+        log_id: str | None = None
+        for index, record in enumerate(records):
             if record.offset < partition.next_offset:
                 continue
             found = arrival(record)
@@ -230,13 +242,18 @@ class Engine:
                 mark = at[2:4]
                 if mark <= (marks.get(origin) or partition.marks.get(origin, _BEFORE_ALL)):
                     continue
+                if at[0] != log_id:
+                    if log_id is not None and at.log_ordinal > wire.log_ordinal(log_id):
+                        records = records[:index]  # a fold must not carry a row of an older log into a newer one
+                        break
+                    log_id = log_id or at[0]
                 marks[origin] = mark
             fresh.append(found)
         if not records or records[-1].offset < partition.next_offset:
             return None
         works = [target.work(fresh, partition.number) for target in self._targets[partition.topic]]
         dropped = len(records) - len(fresh)
-        return _Batch(records[-1].offset + 1, event_id(records[-1]), marks, dropped, works)
+        return _Batch(records[-1].offset + 1, event_id(records[-1]), marks, dropped, works, len(records))
 
     async def _commit(self, partition: Partition, batch: _Batch, *, careful: bool) -> Outcome:
         async with (

@@ -310,7 +310,7 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
 
     async def merged(full: str, patches: str, deletions: str) -> None:
         await advance(connection)
-        await whole.fetch(connection, cached.oid, KEYS, full, patches, deletions)
+        await whole.fetch(connection, cached.oid, KEYS, full, patches, deletions, True)
 
     async def waiting() -> None:
         await advance(connection)

@@ -45,6 +45,17 @@ FETCH_PARTITION_BYTES: Final = 262_144
 """As they are stored, compressed; a batch of the relay that is larger is fetched whole."""
 PARKED_MAX_EVENTS: Final = 100_000
 """Parked events of one cache; one more stops its partition loudly."""
+PARKED_RETRY_ATTEMPTS: Final = 12
+"""After so many failures, some forty minutes, a parked key of a cache or inbox waits for a person."""
+PARKED_RETRY_FIRST_SECONDS: Final = 1.0
+PARKED_RETRY_MAX_SECONDS: Final = 600.0
+PARKED_LOOK_SECONDS: Final = 1.0
+"""Between two looks for parked keys that are due."""
+RETRY_MAX_KEYS: Final = 100
+"""Parked keys of one cache or inbox tried in one transaction, while a partition's batches wait."""
+RETRY_MAX_EVENTS: Final = 1_000
+"""Parked events of one key tried at a time."""
+RETRY_TURN_SECONDS: Final = 1.0
 PARKED_DETAIL_MAX_CHARACTERS: Final = 2_000
 GET_MANY_MAX_KEYS: Final = 10_000
 WAIT_POLL_MIN_SECONDS: Final = 0.005

@@ -26,7 +26,7 @@ import pytest
 import outbox
 from outbox import Connection, Pool, Relay
 from outbox.cache import merge, owner, table
-from outbox.consumer import apply, parking
+from outbox.consumer import apply, parking, retries
 from outbox.postgres import Snapshot, Statement, Statements
 from outbox.relay import lease, release, window
 from outbox.relay.window import Bounds, Span
@@ -320,7 +320,19 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
         await advance(connection)
         await parking.SQL.room.fetch(connection, "nobody", 100)
 
+    async def batched(statement: Statement, *arguments: object) -> None:
+        await advance(connection)
+        await statement.fetch(connection, *arguments)
+
+    due = {**few, "outbox.parked_keys": 6 * BATCH}
+    key = caching.TABLE, "topic", "waits-1"
+    sql = retries.SQL
     return {
+        "due": Bound(partial(sql.due.fetch, connection, [caching.TABLE, "nobody"], ["topic"] * 2, [0, 1])),
+        "due keys": Bound(partial(batched, sql.due_keys, caching.TABLE, "topic", 1, BATCH), others=due),
+        "parked events": Bound(partial(batched, sql.events, *key, BATCH), others=few),
+        "free": Bound(partial(batched, sql.free, *key), others=few),
+        "failed": Bound(partial(batched, sql.failed, *key, "r", "d", 1.0, 600.0, 12), others=few),
         "advance": Bound(partial(advance, connection), others=few),
         "merge of rows": Bound(partial(merged, rows, none, none), others=per_key),
         "merge of patches": Bound(partial(merged, none, rows, none), others=per_key),
@@ -350,7 +362,7 @@ def claim_statements(connection: Connection) -> dict[str, Bound]:
 
 
 async def load_cache(connection: Connection) -> None:
-    """300,000 cached rows, tombstones of this and another cache, and the positions of some topics."""
+    """300,000 cached rows, tombstones of this and another cache, 5,000 parked keys, the positions of some topics."""
     await connection.execute(
         f"insert into {caching.TABLE} (agent_id, agent_name, tags, outbox_log, outbox_position)"
         " select lpad(to_hex(i), 32, '0')::uuid, 'n', '{}', $2, 1 from generate_series(1, $1::integer) i",
@@ -369,6 +381,17 @@ async def load_cache(connection: Connection) -> None:
         " select 'c', case when i = 0 then 'topic' else 'topic-' || i end, 1, 0, 'o'"
         "   from generate_series(0, $1::integer) i",
         POSITIONS,
+    )
+    await connection.execute(
+        "insert into outbox.parked_keys (parker, topic, key, partition, reason, detail, retry_at)"
+        " select $1, 'topic', 'waits-' || i, i % 4, 'r', 'd', "
+        "        case when i % 10 < 5 then now() + (i - 500) * '1 s'::interval end"
+        "   from generate_series(1, 5000) i",
+        caching.TABLE,
+    )
+    await connection.execute(
+        "insert into outbox.parked_events (parker, topic, key, partition, created_at)"
+        " select parker, topic, key, partition, now() from outbox.parked_keys, generate_series(1, 4)",
     )
     await connection.execute(
         "insert into outbox.applied (consumer, topic, partition, log_id, shard, window_no, ordinal)"

@@ -13,7 +13,7 @@ Guarantees (each stands in the module that keeps it):
 * effects once, in order, by one owner, zombies included: `apply`;
 * work resumes by itself after any error, a rebalance or a kill, and stands still, loudly, only where going on would be
   wrong: a re-created topic, records that Kafka deleted, a full park: `lanes`;
-* a poison event parks its own key: `poison`, `deliver`;
+* a poison event parks its own key: `poison`, `deliver`; it is tried again by whoever owns its partition: `retries`;
 * an inbox has each message once, also one that comes again elsewhere: `messages`;
         watermarks = Watermarks(self._pool, self._servers, self.name, self._topics, self._settings)
         beside = {
@@ -175,7 +175,9 @@ class Consumer(Loop):
                 continue
             self._membership = membership
             try:
-                await membership.lanes.keep_committing(self._stopping)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(membership.lanes.keep_committing(self._stopping), name="offsets for lag tools")
+                    group.create_task(membership.lanes.keep_retrying(self._stopping), name="parked keys")
             finally:
                 await membership.stop()
 

@@ -30,13 +30,13 @@ from typing import Any, Final, TypeAlias
 
 from outbox import limits, postgres, retry, wire
 from outbox.cache import Cache
-from outbox.consumer import garbage
+from outbox.consumer import garbage, retries
 from outbox.consumer.deliver import InboxTarget
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.poison import Target as CacheTarget
 from outbox.consumer.record import Arrival, Record, arrival, event_id
 from outbox.consumer.target import Tally, Target, Work
-from outbox.postgres import Pool
+from outbox.postgres import Connection, Pool
 
 SQL: Final = postgres.Statements("outbox", "consumer/apply.sql")
 
@@ -44,6 +44,7 @@ Mark: TypeAlias = tuple[int, int]
 """Window and ordinal."""
 
 _BEFORE_ALL: Final[Mark] = (-1, -1)
+_SWAPPED: Final = "the tables of a cache were swapped again and again; it is tried later"
 _LOOKS_MAX: Final = 5
 """How often in a row the tables of a batch may turn out to be others; each is a swap."""
 
@@ -83,6 +84,7 @@ class Outcome:
         unknown: events of types that a cache or inbox has no handler for.
         parked: events set aside.
         resolved: parked events made irrelevant by full rows.
+        retried: parked events applied after all.
     """
 
     fenced: bool = False
@@ -91,6 +93,7 @@ class Outcome:
     unknown: int = 0
     parked: int = 0
     resolved: int = 0
+    retried: int = 0
 
     def __add__(self, other: "Outcome") -> "Outcome":
         return Outcome(
@@ -100,6 +103,7 @@ class Outcome:
             unknown=self.unknown + other.unknown,
             parked=self.parked + other.parked,
             resolved=self.resolved + other.resolved,
+            retried=self.retried + other.retried,
         )
 
 
@@ -218,7 +222,7 @@ class Engine:
                 partition.last_event_id = batch.last_event_id
                 partition.marks |= batch.marks
             return batch, outcome
-        raise TimeoutError("the tables of a cache were swapped again and again; the batch is tried later")
+        raise TimeoutError(_SWAPPED)
 
     async def _commit_or_bisect(self, partition: Partition, batch: _Batch) -> Outcome:
         try:
@@ -261,34 +265,72 @@ class Engine:
             postgres.acquire(self._pool) as connection,
             postgres.transact(connection),
         ):
-            moved = await SQL.advance.fetchrow(
-                connection,
-                self._consumer,
-                partition.topic,
-                partition.number,
-                partition.epoch,
-                partition.next_offset,
-                batch.next_offset,
-                batch.last_event_id,
-                [log_id for log_id, _ in batch.marks],
-                [shard for _, shard in batch.marks],
-                [window for window, _ in batch.marks.values()],
-                [ordinal for _, ordinal in batch.marks.values()],
-                [work.target.name for work in batch.works],
-                str(limits.BATCH_IDLE_SECONDS * 1000),
-                [cache.table for cache in self._caches],
-            )
-            if moved is None:
+            parkers = await self._advance(connection, partition, batch)
+            if parkers is None:
                 return Outcome(fenced=True)
-            if moved["tables"] != self._tables:
-                raise _OtherTablesError
             if careful:
                 await SQL.immediate.execute(connection)
             tallies = [
-                await work.run(connection, waiting=work.target.name in moved["parkers"], careful=careful)
-                for work in batch.works
+                await work.run(connection, waiting=work.target.name in parkers, careful=careful) for work in batch.works
             ]
         return _outcome(batch.dropped, tallies)
+
+    async def _advance(self, connection: Connection, partition: Partition, batch: _Batch) -> list[str] | None:
+        """Take the locks, in this order, and move the position; returns who has parked keys, None when fenced."""
+        moved = await SQL.advance.fetchrow(
+            connection,
+            self._consumer,
+            partition.topic,
+            partition.number,
+            partition.epoch,
+            partition.next_offset,
+            batch.next_offset,
+            batch.last_event_id,
+            [log_id for log_id, _ in batch.marks],
+            [shard for _, shard in batch.marks],
+            [window for window, _ in batch.marks.values()],
+            [ordinal for _, ordinal in batch.marks.values()],
+            [target.name for target in self._targets[partition.topic]],
+            str(limits.BATCH_IDLE_SECONDS * 1000),
+            [cache.table for cache in self._caches],
+        )
+        if moved is None:
+            return None
+        if moved["tables"] != self._tables:
+            raise _OtherTablesError
+        parkers: list[str] = moved["parkers"]
+        return parkers
+
+    # -------------------------------------------------------------------------------------- parked keys
+
+    async def due(self, partitions: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Those of the partitions, by topic and number, that have parked keys to be tried now."""
+        names = [target.name for targets in self._targets.values() for target in targets]
+        return await retries.due(self._pool, names, partitions)
+
+    async def retry(self, partition: Partition) -> Outcome:
+        """Try parked keys of a partition that are due, under the locks of a batch that moves nothing.
+
+        Raises:
+            PostgresError, OSError, TimeoutError: nothing is known to be applied; what is not stays due.
+        """
+        nothing = _Batch(partition.next_offset, partition.last_event_id, {}, 0, [], 0)
+        for _ in range(_LOOKS_MAX):
+            try:
+                async with (
+                    asyncio.timeout(limits.BATCH_TIMEOUT_SECONDS),
+                    postgres.acquire(self._pool) as connection,
+                    postgres.transact(connection),
+                ):
+                    parkers = await self._advance(connection, partition, nothing)
+                    if parkers is None:
+                        return Outcome(fenced=True)
+                    await SQL.immediate.execute(connection)
+                    waiting = [target for target in self._targets[partition.topic] if target.name in parkers]
+                    return _outcome(0, [await retries.turn(connection, waiting, partition.number)])
+            except _OtherTablesError:
+                await self.prepare()
+        raise TimeoutError(_SWAPPED)
 
 
 def _outcome(dropped: int, tallies: Sequence[Tally]) -> Outcome:
@@ -298,4 +340,5 @@ def _outcome(dropped: int, tallies: Sequence[Tally]) -> Outcome:
         unknown=sum(tally.unknown for tally in tallies),
         parked=sum(tally.parked for tally in tallies),
         resolved=sum(tally.resolved for tally in tallies),
+        retried=sum(tally.retried for tally in tallies),
     )

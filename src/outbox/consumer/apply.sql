@@ -59,8 +59,7 @@ with moved as (
     on conflict (consumer, topic, partition, log_id, shard) do update
        set window_no = excluded.window_no, ordinal = excluded.ordinal
 )
-select array(select x.parker from unnest($12::text[]) x(parker)
-              where exists (select from outbox.parked_keys k where k.parker = x.parker and k.topic = $2)) as parkers,
+select outbox.waiting_parkers($12, $2) as parkers,
        outbox.hold_caches($14) as tables,
        set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout,
        set_config('plan_cache_mode', 'force_custom_plan', true) as planning

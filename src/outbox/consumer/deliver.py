@@ -30,16 +30,16 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from outbox import postgres, retry
+from outbox import limits, postgres, retry
 from outbox.cache import handlers
 from outbox.cache.fold import Fault, Step
 from outbox.cache.handlers import Handler
-from outbox.consumer import parking
+from outbox.consumer import parking, retries
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.messages import Messages, message_id
 from outbox.consumer.parking import BEHIND, Queue
 from outbox.consumer.record import Arrival, decode, record_key
-from outbox.consumer.target import Tally
+from outbox.consumer.target import Replayed, Tally
 from outbox.errors import EmitError, HandlerFailed, TransactionClosed
 from outbox.event import Event
 from outbox.postgres import Connection
@@ -86,6 +86,22 @@ class InboxTarget:
                 work.add(self._delivery(handler, arrival, partition))
         return work
 
+    async def replay(self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int) -> Replayed:
+        """See `target.Target`. Their ids were kept when they were parked."""
+        for number, arrival in enumerate(arrivals):
+            handler = self._handlers.get(arrival.event_type) if arrival.event_type is not None else None
+            if handler is None:
+                continue
+            delivery = self._delivery(handler, arrival, partition)
+            if delivery.key != key and await parking.SQL.waiting.fetch(
+                connection, self.name, self.topic, [delivery.key]
+            ):  # it could not be read when it was parked
+                return Replayed(number, BEHIND)
+            fault = delivery.event if isinstance(delivery.event, Fault) else await _alone(connection, delivery)
+            if fault is not None:
+                return Replayed(number, fault)
+        return Replayed(len(arrivals))
+
     def _delivery(self, handler: Handler, arrival: Arrival, partition: int) -> Delivery:
         event = decode(arrival, handler.event_class)
         if not isinstance(event, Fault):
@@ -129,9 +145,15 @@ class InboxWork:
         known = await self.target.messages.receive(connection, self.ids)
         wanted = [delivery for identity, delivery in self.deliveries.items() if identity not in known]
         queues = _Queues()
+        retried = 0
         if waiting and wanted:
             keys = list({delivery.key for delivery in wanted})
             for row in await parking.SQL.waiting.fetch(connection, self.target.name, self.target.topic, keys):
+                if row["due"] and retried < limits.RETRY_MAX_EVENTS:
+                    found = await retries.retry(connection, self.target, self.partition, row["key"])
+                    retried += found.events
+                    if found.is_free:
+                        continue
                 queues.open(row["key"], BEHIND)
         if careful:
             for delivery in queues.passing(wanted):
@@ -143,7 +165,11 @@ class InboxWork:
         if filled := queues.filled():
             parked = await parking.park(connection, self.target.name, self.target.topic, self.partition, filled)
         return Tally(
-            applied=len(wanted) - parked, unknown=self.unknown, parked=parked, dropped=self.dropped + len(known)
+            applied=len(wanted) - parked,
+            unknown=self.unknown,
+            parked=parked,
+            dropped=self.dropped + len(known),
+            retried=retried,
         )
 
 

@@ -120,7 +120,7 @@ class Lanes:
         self.totals = Outcome()
         """Of all batches since the start."""
         self.failures = 0
-        """Batches and claims that raised, and advisory commits that failed."""
+        """Batches, claims and retries that raised, and advisory commits that failed."""
 
     @property
     def states(self) -> dict[TopicPartition, State]:
@@ -329,6 +329,46 @@ class Lanes:
                 continue
             if stored in {None, RESTARTING}:
                 return
+
+    # ---------------------------------------------------------------------------------------- parked keys
+
+    async def keep_retrying(self, stopping: asyncio.Event) -> None:
+        """Try parked keys of this process's partitions when their time has come."""
+        while not await retry.pause(limits.PARKED_LOOK_SECONDS, stopping):
+            await self.retry_parked()
+
+    async def retry_parked(self) -> None:
+        """Look once, and try what is due. Never raises: it is looked again soon."""
+        running = [(at.topic, at.partition) for at, lane in self._lanes.items() if lane.state is State.RUNNING]
+        if not running:
+            return
+        try:
+            due = await self._engine.due(running)
+        except Exception as error:  # noqa: BLE001 - whatever it was, parked keys wait, and nothing else has to
+            self._complain_of_retry("parked keys were not looked for", error)
+            return
+        await asyncio.gather(*(self._retry(TopicPartition(topic, number)) for topic, number in due))
+
+    async def _retry(self, at: TopicPartition) -> None:
+        lane = self._lanes.get(at)
+        if lane is None:
+            return
+        async with lane.batch:
+            if lane.state is not State.RUNNING or lane.partition is None:
+                return
+            try:
+                outcome = await self._engine.retry(lane.partition)
+            except Exception as error:  # noqa: BLE001 - it was rolled back, or happened: either way the next look tells
+                self._complain_of_retry(f"{at}: parked keys were not tried", error)
+                return
+            self.totals += outcome
+            if outcome.fenced:
+                self._stumble(lane, None)
+
+    def _complain_of_retry(self, what: str, error: Exception) -> None:
+        self.failures += 1
+        level = logging.WARNING if retry.is_transient(error) else logging.ERROR
+        log.log(level, "%s: %r; again in %.0f s", what, error, limits.PARKED_LOOK_SECONDS)
 
     # ------------------------------------------------------------------------------------ advisory commit
 

@@ -20,6 +20,7 @@ SQL: Final = postgres.Statements("outbox", "consumer/parking.sql")
 
 _CREATED_MS_MAX: Final = 253_402_300_799_000
 _LOGGED_KEYS: Final = 10
+_REASON_MAX_CHARACTERS: Final = 100
 
 
 BEHIND: Final = Fault("Behind", "an earlier event of the key waits")
@@ -59,18 +60,25 @@ async def park(connection: Connection, cache: str, topic: str, partition: int, q
         log.warning("cache %s: parked key %r of %s: %s", cache, queue.key, topic, queue.fault)
     if len(queues) > _LOGGED_KEYS:
         log.warning("cache %s: parked %d more keys of %s", cache, len(queues) - _LOGGED_KEYS, topic)
+    reasons = [texts(queue.fault) for queue in queues]
     await SQL.open_keys.execute(
         connection,
         cache,
         topic,
         [queue.key for queue in queues],
         partition,
-        [queue.fault.reason[:100] for queue in queues],
-        [_text(queue.fault.detail)[: limits.PARKED_DETAIL_MAX_CHARACTERS] for queue in queues],
+        [reason for reason, _ in reasons],
+        [detail for _, detail in reasons],
+        limits.PARKED_RETRY_FIRST_SECONDS,
     )
     rows = [_row(key, arrival) for key, arrival in events]
     await SQL.queue.execute(connection, cache, topic, partition, *(list(column) for column in zip(*rows, strict=True)))
     return len(rows)
+
+
+def texts(fault: Fault) -> tuple[str, str]:
+    """Reason and detail of a fault, in a form that can be stored."""
+    return fault.reason[:_REASON_MAX_CHARACTERS], _text(fault.detail)[: limits.PARKED_DETAIL_MAX_CHARACTERS]
 
 
 def _row(key: str, arrival: Arrival) -> tuple[object, ...]:

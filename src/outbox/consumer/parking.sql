@@ -2,9 +2,13 @@
 -- that queues behind a key and a person who discards it take turns.
 
 -- name: waiting
--- Which of these keys wait ($3), locked until the batch ends. Locks: their rows of parked_keys, by primary key, in order.
-select k.key from outbox.parked_keys k
- where k.parker = $1 and k.topic = $2 and k.key = any ($3) order by k.key for update
+-- Which of these keys wait ($3), locked until the batch ends, and whether they are to be tried now.
+-- Locks: their rows of parked_keys, by primary key, in order.
+-- The list is walked because PostgreSQL may read all keys of the cache instead.
+select w.key, w.due
+  from (select u.key from unnest($3::text[]) u(key) order by u.key) x
+ cross join lateral (select k.key, k.retry_at is not null and k.retry_at <= now() as due from outbox.parked_keys k
+                      where k.parker = $1 and k.topic = $2 and k.key = x.key offset 0 for update) w
 
 -- name: resolve
 -- Full rows or deletions of these keys ($3) from these logs ($4) took effect: what waited is history. Events of a newer
@@ -30,11 +34,12 @@ select count(*) from freed
 select count(*) from (select from outbox.parked_events e where e.parker = $1 and e.state = 'parked' limit $2) e
 
 -- name: open_keys
--- Parks keys ($3) with the reason of their first event; a key that waits already keeps its own. One row a key.
-insert into outbox.parked_keys (parker, topic, partition, key, reason, detail)
-select $1, $2, $4, x.key, x.reason, x.detail
+-- Parks keys ($3) with the reason of their first event, to be tried in $7 seconds; a key that waits already keeps its own,
+-- but is locked, so that nobody frees it before what is about to be queued is there. One row a key.
+insert into outbox.parked_keys (parker, topic, partition, key, reason, detail, retry_at)
+select $1, $2, $4, x.key, x.reason, x.detail, clock_timestamp() + make_interval(secs => $7)
   from unnest($3::text[], $5::text[], $6::text[]) x(key, reason, detail) order by x.key
-on conflict (parker, topic, key) do nothing
+on conflict (parker, topic, key) do update set key = excluded.key where false
 
 -- name: queue
 -- Events behind their parked keys, in order. One row an event.

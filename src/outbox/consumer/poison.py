@@ -20,15 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from outbox import retry
+from outbox import limits, retry
 from outbox.cache import Cache, Patch, handlers
 from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, newest_log_only
 from outbox.cache.merge import Change, Kind, Merge
-from outbox.consumer import parking
+from outbox.consumer import parking, retries
 from outbox.consumer.parking import BEHIND, Queue
 from outbox.consumer.record import Arrival, Record, decode, record_key
 from outbox.consumer.record import arrival as read_headers
-from outbox.consumer.target import Tally
+from outbox.consumer.target import Replayed, Tally
 from outbox.errors import EmitError
 from outbox.postgres import Connection
 
@@ -82,6 +82,27 @@ class Target:
         if several_logs:
             steps = {key: newest_log_only(of_key) for key, of_key in steps.items()}
         return steps, Tally(unknown=unknown, dropped=dropped)
+
+    async def replay(self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int) -> Replayed:
+        """See `target.Target`. A full row that succeeds makes everything before it irrelevant, as in a batch."""
+        steps, tally = self.steps(arrivals, partition)
+        strangers = list(steps.keys() - {key})  # of events that could not be read when they were parked
+        if strangers and await parking.SQL.waiting.fetch(connection, self.name, self.topic, strangers):
+            return Replayed(0, BEHIND)
+        if len(steps) > 1:
+            for number, arrival in enumerate(arrivals):
+                alone = await self.replay(connection, key, [arrival], partition)
+                if alone.fault is not None:
+                    return Replayed(number, alone.fault)
+            return Replayed(len(arrivals))
+        records = [arrival.record for arrival in arrivals]
+        work = Work.of(self, partition, records, steps, tally)
+        attempt = _Attempt(work, connection)
+        await attempt.bisect(work.changes)
+        for queue in attempt.queues:  # one at most: there is one key
+            first = queue.steps[0].source.record
+            return Replayed(next(n for n, record in enumerate(records) if record is first), queue.fault)
+        return Replayed(len(arrivals))
 
 
 @dataclass(slots=True)
@@ -165,6 +186,7 @@ class _Attempt:
         self._merge = work.target.merge
         self._behind: set[str] = set()
         self._resolved: list[Change] = []
+        self._retried = 0
         self._queues: dict[str, Queue] = {queue.key: queue for queue in work.queues}
         self.changes = work.changes
 
@@ -175,6 +197,7 @@ class _Attempt:
             self._connection, target.name, target.topic, [change.key for change in self.changes]
         )
         self._behind = {record["key"] for record in found}
+        await self._try_those_due({record["key"] for record in found if record["due"]})
         if not self._behind:
             return
         self.changes = []
@@ -183,6 +206,20 @@ class _Attempt:
                 self._queues[change.key] = Queue(change.key, BEHIND, self._work.steps_of(change.key))
             else:
                 self.changes.append(change)
+
+    async def _try_those_due(self, keys: set[str]) -> None:
+        """What waits for a key goes first, if its time has come and a patch comes behind it."""
+        patched = [change.key for change in self._work.changes if change.kind is Kind.PATCH and change.key in keys]
+        for key in patched[: limits.RETRY_MAX_KEYS]:
+            retried = await retries.retry(self._connection, self._work.target, self._work.partition, key)
+            self._retried += retried.events
+            if retried.is_free:
+                self._behind.remove(key)
+
+    @property
+    def queues(self) -> list[Queue]:
+        """What has to wait, as far as this try has found out."""
+        return list(self._queues.values())
 
     def settle(self, changes: Sequence[Change], missing: Sequence[str]) -> None:
         """These changes were merged, but for patches of missing rows."""
@@ -255,11 +292,10 @@ class _Attempt:
     async def finish(self) -> Tally:
         """Resolve, then park; in this order, because a key may be resolved and parked again by one batch."""
         target = self._work.target
-        tally = replace(self._work.tally)
+        tally = replace(self._work.tally, retried=self._retried)
         if self._resolved:
             tally.resolved = await parking.resolve(self._connection, target.name, target.topic, self._resolved)
-        queues = list(self._queues.values())
-        if queues:
+        if queues := self.queues:
             tally.parked = await parking.park(self._connection, target.name, target.topic, self._work.partition, queues)
         tally.applied = self._work.count - tally.parked
         return tally

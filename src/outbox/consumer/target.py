@@ -4,19 +4,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from outbox.cache.fold import Fault
 from outbox.consumer.record import Arrival
 from outbox.postgres import Connection
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of a batch's events at one target; `dropped` are those that it had before, or does not want."""
+    """What became of a batch's events at one target.
+
+    `dropped` are those that it had before, or does not want; `retried` are parked ones that were applied after all.
+    """
 
     applied: int = 0
     unknown: int = 0
     parked: int = 0
     resolved: int = 0
     dropped: int = 0
+    retried: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a retry of a parked key came to.
+
+    Attributes:
+        applied: so many of the first events have their effect now, or need none.
+        fault: why the next one does not; None if all have.
+    """
+
+    applied: int
+    fault: Fault | None = None
 
 
 class Work(Protocol):
@@ -46,5 +64,22 @@ class Target(Protocol):
     def name(self) -> str:
         """Under which its keys are parked."""
 
+    @property
+    def topic(self) -> str:
+        """Where its events come from."""
+
     def work(self, arrivals: Sequence[Arrival], partition: int) -> Work:
         """Decode a batch; outside of any transaction, never raises."""
+
+    async def replay(self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int) -> Replayed:
+        """Apply what waits for a parked key, in order, each event in a savepoint, up to the first that fails.
+
+        Args:
+            connection: in a transaction like a batch's, which has also locked the key's row in `outbox.parked_keys`.
+            key: under which they were parked.
+            arrivals: the first of its events.
+            partition: where they came from.
+
+        Raises:
+            PostgresError, OSError, TimeoutError: transient; roll back, and nothing has happened.
+        """

@@ -4,6 +4,7 @@ drop function outbox.swap_generations(text);
 drop function outbox.create_generation(regclass, text);
 drop function outbox.unprepare_cache(regclass);
 drop function outbox.prepare_cache(regclass);
+drop function outbox.waiting_parkers(text[], text);
 drop function outbox.hold_caches(text[]);
 drop function outbox.page_sees(text, pg_snapshot, text, xid8);
 drop function outbox.page_order(text, pg_snapshot);

@@ -189,6 +189,15 @@ begin
 end $$;
 comment on function outbox.hold_caches is 'Called first by every batch: the tables of these caches, which stay what they are until it ends';
 
+create function outbox.waiting_parkers(p_parkers text[], p_topic text) returns text[] language sql stable
+set enable_seqscan = off as $$
+    -- One look into the primary key for each, also under a plan that was made when nothing was parked.
+    select array(select x.parker from unnest(p_parkers) x(parker)
+                  where (select true from outbox.parked_keys k
+                          where k.parker = x.parker and k.topic = p_topic order by k.key limit 1))
+$$;
+comment on function outbox.waiting_parkers is 'Those of these parkers that have parked keys in a topic';
+
 create function outbox.prepare_cache(cache_table regclass) returns void language plpgsql volatile as $$
 begin
     -- regclass prints itself quoted and qualified; no text of the caller reaches the statement.

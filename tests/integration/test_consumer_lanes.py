@@ -16,9 +16,20 @@ from outbox.consumer.lanes import Lanes, State
 from outbox.consumer.pace import Pace
 from outbox.consumer.record import Record
 from outbox.kafka import TopicPartition
-from tests.support.caching import TABLE, TOPIC, AgentRenamed, Kafka, Rec, create_table, make_cache, make_engine, rows
+from tests.support.caching import (
+    TABLE,
+    TOPIC,
+    AgentDeleted,
+    AgentRenamed,
+    Kafka,
+    Rec,
+    create_table,
+    make_cache,
+    make_engine,
+    rows,
+)
 from tests.support.faults import eventually
-from tests.support.inboxes import create_notes, notes
+from tests.support.inboxes import create_notes, make_inbox, notes
 
 AT = TopicPartition(TOPIC, 0)
 
@@ -321,6 +332,33 @@ async def test_a_recreated_topic_stops_the_partition(
     await reached(lanes, State.RECREATED)
     assert broker.paused
     assert "re-created" in caplog.text
+
+
+async def test_an_inbox_goes_on_in_a_recreated_topic_when_a_person_says_so(pool: Pool) -> None:
+    """As docs/operations.md says; what was copied into the new topic has its effects once all the same."""
+    await create_notes(pool)
+    broker = Broker()
+    agents = [uuid4() for _ in range(3)]
+    for number, agent in enumerate(agents, start=1):
+        broker.log.put(AgentRenamed(agent_id=agent, agent_name="a"), (1, number))
+    engine = await make_engine(pool, make_inbox())
+    lanes = await started(engine, broker)
+    await poll(lanes, broker)
+    await lanes.close()
+    copied, broker.log = broker.log.records[2], Kafka()
+    broker.log.put_raw(copied.key, copied.value, copied.headers)
+    broker.log.put(AgentDeleted(agent_id=agents[0]), (2, 1))
+    lanes = make_lanes(engine, broker)
+    lanes.assigned([AT])
+    await reached(lanes, State.RECREATED)
+    await pool.execute(
+        "update outbox.positions set state = 'restarting' "
+        "where consumer = $1 and topic = $2 and state in ('recreated', 'needs_rebuild')", "workflow", TOPIC
+    )  # fmt: skip
+    await reached(lanes, State.RUNNING)
+    await poll(lanes, broker)
+    assert lanes.totals.dropped == 1
+    assert (await notes(pool))[3:] == [(agents[0], "gone")]
 
 
 async def test_offsets_that_go_back_are_looked_into(engine: Engine) -> None:

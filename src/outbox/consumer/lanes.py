@@ -62,11 +62,13 @@ RESTARTING: Final = "restarting"
 _ALARMS: Final = {
     State.RECREATED: (
         "the topic was re-created: what Kafka has at the stored position is not what was applied; `outbox cache "
-        "rebuild` takes the owner's rows and reads the topic from its first record on"
+        "rebuild` takes the owner's rows and reads the topic from its first record on; for an inbox alone see "
+        "docs/operations.md"
     ),
     State.NEEDS_REBUILD: (
         "Kafka has deleted records that were not applied yet, so rows may be wrong for ever; `outbox cache rebuild` "
-        "takes the owner's rows and goes on with the oldest record that is there; keep records longer"
+        "takes the owner's rows and goes on with the oldest record that is there; for an inbox alone see "
+        "docs/operations.md; keep records longer"
     ),
 }
 

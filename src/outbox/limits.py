@@ -88,6 +88,18 @@ INBOX_ROTATION_SECONDS: Final = 600.0
 INBOX_ROTATION_AGAIN_SECONDS: Final = 15.0
 """After a look that found their table in use."""
 
+# Memory in front of caches.
+MEMORY_MAX_ROWS: Final = 10_000_000
+"""Of one cache and process; a slip of the pen beyond."""
+MEMORY_ROW_SECONDS: Final = 60.0
+"""How old a remembered row may be, whatever fails."""
+MEMORY_ABSENT_SECONDS: Final = 1.0
+"""How long it is remembered that a key is absent."""
+MEMORY_CHECK_SECONDS: Final = 5.0
+"""Between two looks at whether the connection that listens still lives, and for the answer."""
+NOTIFY_MAX_BYTES: Final = 7_999
+"""PostgreSQL's bound of a notification."""
+
 # Owners of caches.
 OWNER_PAGE_ROWS: Final = 5_000
 """Rows of a page, where nobody asks for fewer."""

@@ -63,7 +63,10 @@ async def test_patches_of_a_new_log_on_rows_of_the_old_one_are_found(pool: Pool)
     """A page that does not see the patch does not replace the row, so what was lost stays in it for ever."""
     rule = "($6 and outbox.log_ordinal(p.log_id) > outbox.log_ordinal(h.log_id)) is not true"
     run = Run(pool, RESTORED_TELLING_SEEDS[0], RESTORED_KEYS, loss=True)
-    with broken_statement(merge.SQL, "merge", rule, "$6::boolean is not null"), pytest.raises(Violation, match="at the end"):
+    with (
+        broken_statement(merge.SQL, "merge", rule, "$6::boolean is not null"),
+        pytest.raises(Violation, match="at the end"),
+    ):
         await run.play()
 
 

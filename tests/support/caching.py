@@ -50,9 +50,11 @@ class CachedAgent(BaseModel):
     tags: list[str] = Field(default_factory=list)
 
 
-def make_cache(table: str = TABLE, owner: Owner | None = None) -> Cache[CachedAgent]:
+def make_cache(
+    table: str = TABLE, owner: Owner | None = None, *, memory_max_rows: int | None = None
+) -> Cache[CachedAgent]:
     """A cache of agents; the name `explode` makes its handler raise, and the table refuses the name `forbidden`."""
-    cache = Cache(CachedAgent, table=table, key="agent_id", topic=TOPIC, owner=owner)
+    cache = Cache(CachedAgent, table=table, key="agent_id", topic=TOPIC, owner=owner, memory_max_rows=memory_max_rows)
 
     @cache.on
     def renamed(event: AgentRenamed) -> CachedAgent:

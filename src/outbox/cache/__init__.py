@@ -18,7 +18,8 @@ Guarantees:
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 from uuid import UUID
@@ -32,6 +33,7 @@ from outbox.cache.fold import Fault, Step
 from outbox.cache.fold import fold as fold_key
 from outbox.cache.freshness import FreshReader
 from outbox.cache.handlers import Handler, Shape
+from outbox.cache.memory import Memory
 from outbox.cache.merge import Merge
 from outbox.cache.owner import Owner
 from outbox.errors import CacheDeclarationError
@@ -55,7 +57,15 @@ class Cache(Generic[Row]):
     """Declares a cache: rows of class `Row` in a table, kept by the handlers registered with `on`."""
 
     def __init__(
-        self, row: type[Row], *, table: str, key: str, topic: str, owner: Owner | None = None, replays: bool = False
+        self,
+        row: type[Row],
+        *,
+        table: str,
+        key: str,
+        topic: str,
+        owner: Owner | None = None,
+        replays: bool = False,
+        memory_max_rows: int | None = None,
     ) -> None:
         """Declare it; usually a module's constant.
 
@@ -67,21 +77,28 @@ class Cache(Generic[Row]):
             owner: whom to copy rows from: a `SqlOwner`, an `HttpOwner`. Without one, the cache begins with the topic's
                 earliest event.
             replays: take records that somebody sent once more on purpose (header `ob-replay`); else they are dropped.
+            memory_max_rows: how many rows a process may remember (`memory`); consumers then notify of changes.
 
         Raises:
-            CacheDeclarationError: the row class and the key do not fit together.
+            CacheDeclarationError: the row class and the key do not fit together, or the bound is no bound.
         """
         _check_declaration(row, table, key)
+        if memory_max_rows is not None and not 1 <= memory_max_rows <= limits.MEMORY_MAX_ROWS:
+            raise CacheDeclarationError(
+                f"cache {table}: memory_max_rows is {memory_max_rows}; use 1 to {limits.MEMORY_MAX_ROWS}"
+            )
         self.row: Final = row
         self.table: Final = table
         self.key: Final = key
         self.topic: Final = topic
         self.owner: Final = owner
         self.replays: Final = replays
+        self.memory_max_rows: Final = memory_max_rows
         self.shape: Final = Shape(row, key)
         self.handlers: Final[dict[str, Handler]] = {}
         """By event type."""
         self._reader: FreshReader[Row] | None = None
+        self._memory: Memory[Row] | None = None
 
     def on(self, handler: Callable[[E], Row | Patch | Delete]) -> Callable[[E], Row | Patch | Delete]:
         """Register a handler for the event types in its annotation: one event class, or a union of them.
@@ -111,10 +128,13 @@ class Cache(Generic[Row]):
             OwnerError: there is one, and it does not answer.
         """
         target, text = _target(db), self._key_text(key)
+        if fresh_within is None and self._memory is not None and db is self._memory.pool:
+            return await self._memory.one(text)
         reader = await self._prepared(target)
         if fresh_within is None:
             return await reader.one(target, text)
-        return await reader.fresh_one(target, text, _seconds(fresh_within))
+        with self._seen([text]):
+            return await reader.fresh_one(target, text, _seconds(fresh_within))
 
     async def get_many(self, db: Db, keys: Iterable[CacheKey], *, fresh_within: Duration | None = None) -> list[Row]:
         """The rows of these keys that exist, in no order; at most `limits.GET_MANY_MAX_KEYS` keys.
@@ -128,11 +148,40 @@ class Cache(Generic[Row]):
         texts = {self._key_text(key) for key in keys}
         if len(texts) > limits.GET_MANY_MAX_KEYS:
             raise ValueError(f"get_many takes at most {limits.GET_MANY_MAX_KEYS} keys, not {len(texts)}: ask in parts")
+        if fresh_within is None and self._memory is not None and db is self._memory.pool:
+            return await self._memory.many(texts)
         target = _target(db)
         reader = await self._prepared(target)
         if fresh_within is None:
             return await reader.many(target, texts)
-        return await reader.fresh_many(target, texts, _seconds(fresh_within))
+        with self._seen(texts):
+            return await reader.fresh_many(target, texts, _seconds(fresh_within))
+
+    @asynccontextmanager
+    async def memory(self, db: Pool) -> AsyncIterator[Memory[Row]]:
+        """While the block lasts, `get` and `get_many` on this very pool are answered from memory where they can.
+
+            async with asyncpg.create_pool(dsn) as pool, agents.memory(pool):
+                yield
+
+        One connection of the pool listens for changes; it has to reach the server itself, not a pooler. What is read
+        with `fresh_within`, by `wait_for`, on a connection or in a transaction comes from the table.
+
+        Raises:
+            CacheDeclarationError: the cache declares no `memory_max_rows`, has memory already, or does not fit the
+                table.
+        """
+        if self.memory_max_rows is None:
+            raise CacheDeclarationError(f"cache {self.table}: declare memory_max_rows to let processes remember rows")
+        if self._memory is not None:
+            raise CacheDeclarationError(f"cache {self.table}: has memory in this process already; enter memory() once")
+        made = Memory(db, self.table, self.key, self.memory_max_rows, lambda: self._prepared(db))
+        self._memory = made
+        try:
+            async with made:
+                yield made
+        finally:
+            self._memory = None
 
     async def wait_for(self, db: Db, key: CacheKey, receipt: Receipt | str, *, timeout: Duration) -> Row | None:
         """The row of a key once it has seen the transaction of a receipt; None if that deleted it.
@@ -149,9 +198,19 @@ class Cache(Generic[Row]):
         receipt = receipt if isinstance(receipt, Receipt) else Receipt(receipt)
         position = receipt.position(self.topic, text)
         reader = await self._prepared(target)
-        if position is None:
-            return await reader.one(target, text)
-        return await reader.once_seen(target, text, receipt, position, _seconds(timeout))
+        with self._seen([text]):
+            if position is None:
+                return await reader.one(target, text)
+            return await reader.once_seen(target, text, receipt, position, _seconds(timeout))
+
+    @contextmanager
+    def _seen(self, keys: Iterable[str]) -> Iterator[None]:
+        """The caller sees rows that may be newer than the remembered ones; the next `get` must not go back."""
+        try:
+            yield
+        finally:
+            if self._memory is not None:
+                self._memory.forget(keys)
 
     def fold(self, events: Iterable[Event]) -> list[Row]:
         """The rows after these events, from nothing, without a database; in the order of the keys' first events.

@@ -54,7 +54,7 @@ class FreshReader(Reader[Row]):
         assert record is not None, "freshness is one row"
         reason = _doubt(record, within)
         if reason is None:
-            return self._model(record) if record["outbox_found"] else None
+            return self.model(record) if record["outbox_found"] else None
         if self._owner is None:
             raise self._stale(key, record, reason)
         rows = self._of_owner((await self._owner.get(self._argument(key))).rows)
@@ -69,7 +69,7 @@ class FreshReader(Reader[Row]):
         for record in records:
             reason = _doubt(record, within)
             if reason is None:
-                rows += [self._model(record)] if record["outbox_found"] else []
+                rows += [self.model(record)] if record["outbox_found"] else []
             elif self._owner is None:
                 raise self._stale(record["outbox_key"], record, reason)
             else:

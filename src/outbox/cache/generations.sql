@@ -63,8 +63,8 @@ select outbox.create_generation($1::oid::regclass, $2)::oid
 
 -- name: register
 -- From its commit on every batch of cache $1 goes into table $2, too. The caller holds the cache's lock alone. Rows: 1.
-insert into outbox.caches (cache, name, role, consumer, topic)
-select $2::oid, c.name, 'spare', c.consumer, c.topic from outbox.caches c where c.name = $1 and c.role = 'live'
+insert into outbox.caches (cache, name, role, consumer, topic, notifies)
+select $2::oid, c.name, 'spare', c.consumer, c.topic, c.notifies from outbox.caches c where c.name = $1 and c.role = 'live'
 
 -- name: filling
 -- That table $1 waits for its pages. Rows: 1 of rebuilds.

@@ -25,6 +25,7 @@ from uuid import UUID
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from outbox import limits, postgres
+from outbox.cache import memory
 from outbox.cache.merge import SQL as MERGE
 from outbox.cache.merge import Merge
 from outbox.errors import CacheNotFed, OwnerRowInvalid, PageRefused
@@ -119,13 +120,13 @@ class Pages:
         oid = self._merge.table.oid
         after, through = bounds or (None, None)
         async with postgres.acquire(self._pool) as connection, postgres.transact(connection):
-            name = await SQL.cache_name.fetchval(connection, oid)
-            if name is None:
+            cache = await SQL.cache_name.fetchrow(connection, oid)
+            if cache is None:
                 raise CacheNotFed(
                     f"no consumer has fed the table of cache {self._parker} yet: start the service's consumer, then "
                     "merge pages of its owner"
                 )
-            await SQL.lock_alone.execute(connection, name)
+            await SQL.lock_alone.execute(connection, cache["name"])
             page_id = await SQL.open.fetchval(
                 connection,
                 oid,
@@ -138,12 +139,14 @@ class Pages:
             )
             if page_id is None:
                 raise PageRefused(
-                    f"cache {name}: a page of log {page.log} is older than what was forgotten, or the cache has "
-                    "another table now; prepare for its table and read it again"
+                    f"cache {cache['name']}: a page of log {page.log} is older than what was forgotten, or the cache "
+                    "has another table now; prepare for its table and read it again"
                 )
             found = await self._statement.fetchrow(connection, oid, page_id, document, keys)
             assert found is not None, "two counts are one row"
             merged = Merged(len(rows), found["written"], found["removed"])
+            if cache["notifies"] and (merged.written or merged.removed):
+                await memory.notify(connection, oid, keys)
             await self._void_parked(connection, page, after, through, keys)
             if moved is not None:
                 await moved(connection, merged)

@@ -1,8 +1,8 @@
 -- Pages of the owner: what goes around merge_page in merge.sql.
 
 -- name: cache_name
--- The name by which a table's cache is locked. No lock; by primary key.
-select c.name from outbox.caches c where c.cache = $1::oid
+-- The name by which a table's cache is locked, and whether its readers are told of changes. No lock; by primary key.
+select c.name, c.notifies and c.role = 'live' as notifies from outbox.caches c where c.cache = $1::oid
 
 -- name: lock_alone
 -- Waits for the open batches of the cache, while later ones wait; until the transaction ends. See outbox.hold_caches.

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel
@@ -33,12 +33,15 @@ class Reader(Generic[Row]):
     async def one(self, db: Pool | Connection, key: str) -> Row | None:
         """The row of a key."""
         record = await self._one.fetchrow(db, self._argument(key))
-        return None if record is None else self._model(record)
+        return None if record is None else self.model(record)
 
     async def many(self, db: Pool | Connection, keys: Collection[str]) -> list[Row]:
         """The rows of these keys that exist."""
-        records = await self._many.fetch(db, [self._argument(key) for key in keys])
-        return [self._model(record) for record in records]
+        return [self.model(record) for record in await self.records(db, keys)]
+
+    async def records(self, db: Pool | Connection, keys: Collection[str]) -> list[Record]:
+        """What PostgreSQL has of these keys; `model` makes rows of it."""
+        return await self._many.fetch(db, [self._argument(key) for key in keys])
 
     async def once_seen(
         self, db: Pool | Connection, key: str, receipt: Receipt, position: int, timeout: float
@@ -56,7 +59,7 @@ class Reader(Generic[Row]):
             record = await self._seen.fetchrow(db, self._argument(key), key, *seen)
             assert record is not None
             if record["outbox_seen"]:
-                return self._model(record) if record["outbox_found"] else None
+                return self.model(record) if record["outbox_found"] else None
             left = deadline - clock.monotonic()
             if left <= 0:
                 raise WaitTimeout(
@@ -69,7 +72,8 @@ class Reader(Generic[Row]):
     def _argument(self, key: str) -> object:
         return key if self._table.key_type is str else self._table.key_type(key)
 
-    def _model(self, record: Record) -> Row:
+    def model(self, record: Record | Mapping[str, Any]) -> Row:
+        """The row in a record of the table."""
         values: dict[str, Any] = {name: record[name] for name in self._table.read}
         for name in self._table.json:
             if values[name] is not None:

@@ -133,6 +133,11 @@ def quote(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+def quoted_name(table: str) -> str:
+    """The name of a cache's table as it is declared, with its schema or without."""
+    return ".".join(quote(part) for part in table.split(".", 1))
+
+
 def _list(form: str, columns: Sequence[str]) -> str:
     return ", ".join(form.format(quote(column)) for column in columns)
 
@@ -143,7 +148,7 @@ async def find(db: Connection | Pool, row: type[BaseModel], table: str, key: str
     Raises:
         CacheDeclarationError: it does not exist or does not fit; says which column and what to do.
     """
-    oid = await SQL.resolve.fetchval(db, ".".join(quote(part) for part in table.split(".", 1)))
+    oid = await SQL.resolve.fetchval(db, quoted_name(table))
     return await find_by_oid(db, row, table, key, oid)
 
 

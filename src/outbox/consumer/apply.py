@@ -142,7 +142,8 @@ class Engine:
         await SQL.forget_dropped.execute(self._pool)
         for cache in self._caches:
             merge = await cache.prepare(self._pool)
-            await SQL.register.execute(self._pool, merge.table.oid, cache.table, self._consumer, cache.topic)
+            notifies = cache.memory_max_rows is not None
+            await SQL.register.execute(self._pool, merge.table.oid, cache.table, self._consumer, cache.topic, notifies)
             feeds = [CacheTarget(cache, merge, cache.table)]
             if (spare := await SQL.spare.fetchrow(self._pool, cache.table)) is not None:
                 feeds.append(CacheTarget(cache, await cache.prepare(self._pool, spare["oid"]), spare["name"]))

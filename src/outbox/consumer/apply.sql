@@ -74,10 +74,12 @@ delete from outbox.tombstones t using dropped d where t.cache = d.cache
 
 -- name: register
 -- A consumer feeds this table for the cache of this name. The table may have been dropped and made anew. Rows: 1.
-insert into outbox.caches as c (cache, name, consumer, topic) values ($1::oid, $2, $3, $4)
+insert into outbox.caches as c (cache, name, consumer, topic, notifies) values ($1::oid, $2, $3, $4, $5)
 on conflict (cache) do update
-   set consumer = excluded.consumer, topic = excluded.topic, name = excluded.name, updated_at = clock_timestamp()
- where (c.consumer, c.topic, c.name) is distinct from (excluded.consumer, excluded.topic, excluded.name)
+   set consumer = excluded.consumer, topic = excluded.topic, name = excluded.name, notifies = excluded.notifies,
+       updated_at = clock_timestamp()
+ where (c.consumer, c.topic, c.name, c.notifies)
+       is distinct from (excluded.consumer, excluded.topic, excluded.name, excluded.notifies)
 
 -- name: spare
 -- The table that is to take the place of a cache's, if it is being rebuilt. By caches_name_role_key; at most one row.

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from outbox import limits, retry
-from outbox.cache import Cache, Patch, handlers
+from outbox.cache import Cache, Patch, handlers, memory
 from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, newest_log_only
 from outbox.cache.merge import Change, Kind, Merge
 from outbox.consumer import parking, retries
@@ -42,6 +42,7 @@ class Target:
         self.topic: Final = cache.topic
         self.merge: Final = merge
         self._cache = cache
+        self._is_remembered = cache.memory_max_rows is not None and parker == cache.table  # nobody reads a spare one
         self._handlers = cache.handlers
 
     def work(self, arrivals: Sequence[Arrival], partition: int) -> "Work":
@@ -99,10 +100,16 @@ class Target:
         work = Work.of(self, partition, records, steps, tally)
         attempt = _Attempt(work, connection)
         await attempt.bisect(work.changes)
+        await self.tell(connection, work.changes)
         for queue in attempt.queues:  # one at most: there is one key
             first = queue.steps[0].source.record
             return Replayed(next(n for n, record in enumerate(records) if record is first), queue.fault)
         return Replayed(len(arrivals))
+
+    async def tell(self, connection: Connection, changes: Sequence[Change]) -> None:
+        """Let processes that remember rows of the table forget these, once the transaction commits."""
+        if self._is_remembered and changes:
+            await memory.notify(connection, self.merge.table.oid, [change.key for change in changes])
 
 
 @dataclass(slots=True)
@@ -174,6 +181,7 @@ class Work:
             await attempt.bisect(attempt.changes)
         elif attempt.changes:
             attempt.settle(attempt.changes, await self.target.merge(connection, attempt.changes))
+        await self.target.tell(connection, attempt.changes)
         return await attempt.finish()
 
 

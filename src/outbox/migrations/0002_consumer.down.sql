@@ -17,6 +17,7 @@ drop table outbox.tombstones;
 drop table outbox.page_ranges;
 drop table outbox.pages;
 drop table outbox.caches;
+drop function outbox.tell_of_swap();
 drop table outbox.applied;
 drop table outbox.positions;
 delete from outbox.parked_events where parker <> 'relay';

@@ -49,6 +49,7 @@ create table outbox.caches (
     role text not null default 'live',
     consumer text not null,
     topic text not null,
+    notifies boolean not null default false,
     complete_log text,
     floor_log text,
     floor_xid xid8,
@@ -61,8 +62,18 @@ create table outbox.caches (
 );
 comment on table outbox.caches is 'Tables that consumers feed: the live one of each cache, and while it is rebuilt into a new generation a spare one';
 comment on column outbox.caches.name is 'The table as the cache is declared; the parker of its parked keys';
+comment on column outbox.caches.notifies is 'Whether batches and pages that change rows say so on channel outbox_cache, for processes that remember rows';
 comment on column outbox.caches.complete_log is 'The log of which the owner''s pages have been merged from the first key to the last; null where there was no owner';
 comment on column outbox.caches.floor_xid is 'Pages whose snapshot has a lower xmin cannot be compared any more with what was forgotten, and are read again';
+
+create function outbox.tell_of_swap() returns trigger language plpgsql volatile as $$
+begin
+    perform pg_notify('outbox_cache', json_build_object('table', new.cache::oid, 'role', new.role)::text);
+    return null;
+end $$;
+comment on function outbox.tell_of_swap is 'Processes that remember rows forget them when a cache''s table becomes another one';
+create trigger caches_tell_of_swap after update of role on outbox.caches
+    for each row when (old.role <> new.role) execute function outbox.tell_of_swap();
 
 create table outbox.pages (
     id bigint generated always as identity primary key,

@@ -25,7 +25,7 @@ import pytest
 
 import outbox
 from outbox import Connection, Pool, Relay
-from outbox.cache import merge, owner, table
+from outbox.cache import merge, owner, pages, table
 from outbox.consumer import apply, parking, retries
 from outbox.postgres import Snapshot, Statement, Statements
 from outbox.relay import lease, release, window
@@ -306,6 +306,8 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
     whole = cached.compose(merge.SQL.merge)
     rows, none = documents(agent_name="n", tags=[]), "[]"
     few = {"outbox.positions": POSITIONS + FEW}
+    per_range = {caching.TABLE: 6 * 7 * BATCH, "outbox.tombstones": 4 * BATCH, **few}
+    """A page has every seventh key of its range; the others are deleted."""
     per_key = {caching.TABLE: 4 * BATCH, "outbox.tombstones": 4 * BATCH, **few}
 
     async def merged(full: str, patches: str, deletions: str) -> None:
@@ -327,6 +329,18 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
     due = {**few, "outbox.parked_keys": 6 * BATCH}
     key = caching.TABLE, "topic", "waits-1"
     sql = retries.SQL
+
+    page = cached.compose(merge.SQL.merge_page)
+
+    async def paged(after: str | None, through: str | None, keys: list[str] | None) -> None:
+        await pages.SQL.lock_alone.execute(connection, caching.TABLE)
+        await apply.SQL.register.execute(connection, cached.oid, caching.TABLE, "c", "topic")
+        is_range = keys is None
+        opened = await pages.SQL.open.fetchval(
+            connection, cached.oid, caching.LOG, "9:9:", is_range, after, through, cached.full_name
+        )
+        await page.fetch(connection, cached.oid, opened, documents(agent_name="n", tags=[]), keys)
+
     return {
         "due": Bound(partial(sql.due.fetch, connection, [caching.TABLE, "nobody"], ["topic"] * 2, [0, 1])),
         "due keys": Bound(partial(batched, sql.due_keys, caching.TABLE, "topic", 1, BATCH), others=due),
@@ -334,6 +348,8 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
         "free": Bound(partial(batched, sql.free, *key), others=few),
         "failed": Bound(partial(batched, sql.failed, *key, "r", "d", 1.0, 600.0, 12), others=few),
         "advance": Bound(partial(advance, connection), others=few),
+        "a page": Bound(partial(paged, KEYS[0], KEYS[-1], None), others=per_range),
+        "page of single keys": Bound(partial(paged, None, None, KEYS), others=per_key),
         "merge of rows": Bound(partial(merged, rows, none, none), others=per_key),
         "merge of patches": Bound(partial(merged, none, rows, none), others=per_key),
         "merge of deletions": Bound(partial(merged, none, none, documents()), others=per_key),
@@ -419,6 +435,7 @@ async def measure_batches(url: str, situation: str) -> dict[str, dict[str, int]]
             await db.execute("analyze")
         found = await measure(service, bounds)
         assert found["merge of rows"].rows[caching.TABLE] >= BATCH, "measured at work"
+        assert found["a page"].rows[caching.TABLE] >= 7 * BATCH, "measured at work"
         return broken(found, bounds)
 
 

@@ -163,7 +163,8 @@ with page as materialized (
      where t.cache = $1 and t.key = any (array(select u.key::text from upserted u))
        and (select exists (select from outbox.tombstones o where o.cache = $1))
 ), spoken_for as materialized (
-    -- Each kind of range by itself, so that the key's index finds its keys.
+    -- Each kind of range by itself, so that the key's index finds its keys. The first page of a rebuild and the last one,
+    -- whose ranges are open at one end, may each read all of the index once.
     select k.key from outbox.page_ranges r
      cross join lateral (
         select c.{key} as key from {table} c where r.after_key is null and r.through_key is null

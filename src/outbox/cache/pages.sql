@@ -6,7 +6,8 @@ select c.name, c.notifies and c.role = 'live' as notifies from outbox.caches c w
 
 -- name: lock_alone
 -- Waits for the open batches of the cache, while later ones wait; until the transaction ends. See outbox.hold_caches.
-select pg_advisory_xact_lock(1868724274, hashtext($1))
+-- What follows is planned each time: a plan kept from when the cache was empty reads all of it for each page.
+select pg_advisory_xact_lock(1868724274, hashtext($1)), set_config('plan_cache_mode', 'force_custom_plan', true)
 
 -- name: open
 -- Records a page, and the range of keys that it speaks for; nothing comes back where the page is older than what was

@@ -14,13 +14,13 @@ import pytest_asyncio
 from pydantic import BaseModel
 
 import outbox
-from outbox import Cache, Consumer, Event, Key, Pool, Relay, Stale, StaleReason
+from outbox import Cache, Consumer, Event, Key, Pool, Relay, Stale, StaleReason, kafka_admin
 from outbox.consumer import watermarks
 from outbox.embedded import Databases
 from outbox.settings import Settings
 from outbox.upkeep import migrate
 from tests.support.faults import eventually
-from tests.support.kafka_server import create_topic
+from tests.support.kafka_server import RealKafka, create_topic
 
 CACHE = """
 create table workflow_agent_cache (agent_id uuid primary key, agent_name text not null);
@@ -102,6 +102,12 @@ def second_database(any_postgres: Databases) -> Iterator[str]:
 
 @pytest_asyncio.fixture
 async def services(any_database: str, second_database: str, broker: str, topic: str) -> AsyncIterator[Services]:
+    async with two_services(any_database, second_database, broker, topic) as made:
+        yield made
+
+
+@asynccontextmanager
+async def two_services(owner_url: str, reader_url: str, servers: str, topic: str) -> AsyncIterator[Services]:
     class AgentNamed(Event, topic=topic, type="agent.named"):
         agent_id: Key[UUID]
         agent_name: str
@@ -120,10 +126,10 @@ async def services(any_database: str, second_database: str, broker: str, topic: 
         watermark_topic=f"marks-{topic}",
         max_clock_skew_seconds=0.1,
     )
-    async with two_pools(any_database, second_database) as (owner, reader):
-        await create_topic(broker, topic, partitions=3)
+    async with two_pools(owner_url, reader_url) as (owner, reader):
+        await create_topic(servers, topic, partitions=3)
         await reader.execute(CACHE)
-        yield Services(owner, reader, broker, agents, AgentNamed, settings)
+        yield Services(owner, reader, servers, agents, AgentNamed, settings)
 
 
 @asynccontextmanager
@@ -155,6 +161,23 @@ async def test_a_stopped_relay_is_noticed_although_the_consumer_has_no_lag(servi
         assert (await services.stale(agent, within=1.0)).lag_seconds > 1.0
         async with services.relay():
             await services.shows(agent, "Ada L.")
+
+
+async def test_on_apache_kafka(real_kafka: RealKafka, postgres: Databases, database: str, topic: str) -> None:
+    """The same with a broker that compacts and that creates topics only when asked; two tenures of the relay."""
+    agent, name = uuid4(), f"second_{uuid4().hex[:12]}"
+    try:
+        url = postgres.create_database(name)
+        async with two_services(database, url, real_kafka.bootstrap_servers, topic) as services, services.consumer():
+            for version in ("Ada", "Ada L."):
+                async with services.relay():
+                    await services.rename(agent, version)
+                    await services.shows(agent, version)
+                assert (await services.stale(agent, within=0.3)).reason is StaleReason.BEHIND
+            facts = await kafka_admin.describe(real_kafka.bootstrap_servers, [services.settings.watermark_topic])
+            assert [fact.config["cleanup.policy"] for fact in facts] == ["compact"]
+    finally:
+        postgres.drop_database(name)
 
 
 async def test_a_row_that_is_fresh_shows_what_was_committed_before(services: Services) -> None:

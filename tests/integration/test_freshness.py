@@ -460,7 +460,9 @@ async def test_after_an_adoption_nothing_is_fresh_until_the_cache_is_whole_again
     """
     owned = Cache(CachedAgent, table=TABLE, key="agent_id", topic=TOPIC, owner=Owner())
     await scene.pool.execute("update outbox.caches set complete_log = $1", LOG)
-    text, without = ("h.complete_log = f.log_id", "true") if rule == "removed" else ("$4::boolean", "$4::boolean")
+    text, without = (
+        ("h.complete_log = f.log_id", "f.log_id is not null") if rule == "removed" else ("$4::boolean", "$4::boolean")
+    )
     with broken_statement(freshness.SQL, "one", text, without):  # type: ignore[arg-type]
         await scene.hear(Mark(log_id=NEWER_LOG))
         row = await owned.get(scene.pool, AGENT, fresh_within=5)

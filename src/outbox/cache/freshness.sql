@@ -7,27 +7,22 @@
 select {read_c}, c.{key} is not null as outbox_found,
        date_part('epoch', clock_timestamp() - f.complete_as_of) as outbox_lag_seconds,
        coalesce(outbox.key_hash(h.topic, $2) = any (f.parked), false)
-    or exists (select from outbox.parked_keys k where k.parker = $3 and k.topic = h.topic and k.key = $2) as outbox_parked,
-       case when $4::boolean then coalesce(h.complete_log = f.log_id, false)
-            else not exists (select from outbox.applied a
-                              where a.consumer = h.consumer and a.topic = h.topic and a.log_id <> f.log_id)
-       end as outbox_complete
+    or (select true from outbox.parked_keys k where k.parker = $3 and k.topic = h.topic and k.key = $2) is true as outbox_parked,
+       case when $4::boolean then h.complete_log = f.log_id else f.is_only_log end is true as outbox_complete
   from (select) one
   left join {table} c on c.{key} = $1
   left join outbox.caches h on h.name = $3 and h.role = 'live'
   left join outbox.freshness f on f.consumer = h.consumer and f.topic = h.topic
 
 -- name: many
--- The same for some keys ($1, as text $2); one row a key, the freshness of the cache in each.
+-- The same for some keys ($1, as text $2); one row a key, the freshness of the cache in each. (An `exists` in the list of
+-- columns could be answered by reading all parked keys of the cache.)
 select k.key as outbox_key, {read_c}, c.{key} is not null as outbox_found, known.lag_seconds as outbox_lag_seconds,
        coalesce(outbox.key_hash(known.topic, k.key) = any (known.parked), false)
-    or exists (select from outbox.parked_keys p where p.parker = $3 and p.topic = known.topic and p.key = k.key) as outbox_parked,
+    or (select true from outbox.parked_keys p where p.parker = $3 and p.topic = known.topic and p.key = k.key) is true as outbox_parked,
        known.complete as outbox_complete
   from (select h.topic, f.parked, date_part('epoch', clock_timestamp() - f.complete_as_of) as lag_seconds,
-               case when $4::boolean then coalesce(h.complete_log = f.log_id, false)
-                    else not exists (select from outbox.applied a
-                                      where a.consumer = h.consumer and a.topic = h.topic and a.log_id <> f.log_id)
-               end as complete
+               case when $4::boolean then h.complete_log = f.log_id else f.is_only_log end is true as complete
           from (select) one
           left join outbox.caches h on h.name = $3 and h.role = 'live'
           left join outbox.freshness f on f.consumer = h.consumer and f.topic = h.topic) known

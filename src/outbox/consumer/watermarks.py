@@ -40,6 +40,9 @@ _KEY: Final = re.compile(rb"([0-9a-f]{1,15}-[0-9a-f]{4})/([0-9]{1,2})")
 _ADVANCE_EVERY_SECONDS: Final = 1.0
 _ADVANCE_AGAIN_SECONDS: Final = 0.1
 """While a watermark waits for records that are on their way."""
+_REST: Final = 19
+"""Times as long as it took; so at most a twentieth of the time is spent on freshness."""
+_REST_MAX_SECONDS: Final = 3.0
 _MISSING_TOPIC_MAX_SECONDS: Final = 5.0
 _LOCK_MILLISECONDS: Final = 1_000
 _INT64_MAX: Final = 2**63 - 1
@@ -104,9 +107,12 @@ class Watermarks:
         wait_seconds = 0.0
         while not stopping.is_set():
             records = await tail.poll(wait_seconds)
+            started = clock.monotonic()
             is_waiting = await self.take(records)
             await self._forget_if_due()
             wait_seconds = _ADVANCE_AGAIN_SECONDS if is_waiting else _ADVANCE_EVERY_SECONDS
+            # Where much waits, as it does while the consumer lags, it costs more, and is worth less.
+            await retry.pause(min(_REST * (clock.monotonic() - started), _REST_MAX_SECONDS), stopping)
 
     async def take(self, records: Iterable["kafka.ConsumerRecord"]) -> bool:
         """Store watermarks and move freshness on; whether some wait to be applied.

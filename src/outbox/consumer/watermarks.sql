@@ -39,7 +39,7 @@ delete from outbox.watermarks w using numbered n
 -- with at least one; of a shard the newest watermark whose every offset the partition's position has reached while it
 -- runs. One that lists less than an earlier one of its shard is from after the topic was re-created, when positions from
 -- before prove nothing. Watermarks that nobody needs any more go. Returns whether any waits to be applied.
--- By primary keys; rows: the consumer's watermarks, at most $2 x shards x 64, and for each the partitions it lists.
+-- By primary keys; rows: the consumer's watermarks, at most $2 x shards x 64, its positions and marks of the topics.
 with said as materialized (
     select w.*, outbox.log_ordinal(w.log_id) as ordinal from outbox.watermarks w where w.consumer = $1
 ), logs as materialized (
@@ -62,7 +62,10 @@ with said as materialized (
              group by 1, 2, 3, 4 having bool_and(i.is_reached and i.is_lower is not true)) x
      order by x.topic, x.shard, x.as_of desc
 ), fresh as (
-    select l.topic, l.log_id, min(s.as_of) - make_interval(secs => $3) as complete_as_of,
+    select l.topic, l.log_id,
+           not exists (select from outbox.applied m
+                        where m.consumer = $1 and m.topic = l.topic and m.log_id <> l.log_id) as is_only_log,
+           min(s.as_of) - make_interval(secs => $3) as complete_as_of,
            min(s.oldest_xid::text::bigint)::text::xid8 as oldest_xid,
            array(select distinct h from applied b join said c on c.log_id = b.log_id and c.shard = b.shard and c.as_of = b.as_of,
                         unnest(c.parked) h where b.topic = l.topic order by h) as parked
@@ -72,14 +75,15 @@ with said as materialized (
      group by l.topic, l.log_id, l.shard_count
     having count(*) = l.shard_count
 ), moved as (
-    insert into outbox.freshness as f (consumer, topic, log_id, complete_as_of, oldest_xid, parked)
-    select $1, x.topic, x.log_id, x.complete_as_of, x.oldest_xid, x.parked from fresh x order by x.topic
+    insert into outbox.freshness as f (consumer, topic, log_id, complete_as_of, oldest_xid, parked, is_only_log)
+    select $1, x.topic, x.log_id, x.complete_as_of, x.oldest_xid, x.parked, x.is_only_log from fresh x order by x.topic
     on conflict (consumer, topic) do update
        set log_id = excluded.log_id, complete_as_of = excluded.complete_as_of, oldest_xid = excluded.oldest_xid,
-           parked = excluded.parked, updated_at = clock_timestamp()
+           parked = excluded.parked, is_only_log = excluded.is_only_log, updated_at = clock_timestamp()
      where outbox.log_ordinal(excluded.log_id) > outbox.log_ordinal(f.log_id)
         or excluded.log_id = f.log_id and excluded.complete_as_of >= f.complete_as_of
-           and (excluded.complete_as_of, excluded.parked) is distinct from (f.complete_as_of, f.parked)
+           and (excluded.complete_as_of, excluded.parked, excluded.is_only_log)
+               is distinct from (f.complete_as_of, f.parked, f.is_only_log)
 ), needed as (
     select l.log_id, n.shard, min(coalesce(a.as_of, '-infinity')) as since
       from logs l

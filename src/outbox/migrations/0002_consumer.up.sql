@@ -155,11 +155,13 @@ create table outbox.freshness (
     complete_as_of timestamptz not null,
     oldest_xid xid8 not null,
     parked bigint[] not null default '{}',
+    is_only_log boolean not null default true,
     updated_at timestamptz not null default clock_timestamp(),
     primary key (consumer, topic)
 ) with (fillfactor = 50);
 comment on table outbox.freshness is 'What a consumer has applied of a topic: everything that had committed by complete_as_of';
 comment on column outbox.freshness.complete_as_of is 'Of the owner''s clock, less the allowed clock skew';
+comment on column outbox.freshness.is_only_log is 'No event of another log was ever applied, so nothing is there that an adopted database may have lost';
 comment on column outbox.freshness.oldest_xid is 'All transactions of the log below it are over and applied';
 
 create function outbox.key_hash(topic text, key text) returns bigint

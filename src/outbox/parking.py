@@ -40,7 +40,7 @@ class ParkedKey:
     detail: str
     parked_at: datetime
     attempts: int
-    """Retries that failed since then; of the relay's those after which events of the key still waited."""
+    """Retries that failed since then; the relay begins anew where all of the key's events had been released."""
     retry_at: datetime | None
     """When its events are tried again; None: not before somebody asks for it."""
     events: int

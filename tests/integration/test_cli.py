@@ -212,15 +212,69 @@ def test_parked_keys_are_listed_and_shown_in_order(migrated: dict[str, str]) -> 
     assert (missing.returncode, "not parked" in missing.stderr) == (1, True)
 
 
+def test_parked_keys_are_retried_one_or_all(migrated: dict[str, str]) -> None:
+    """The command only sets the flag; see test_parking_relay and test_parking_consumer for what becomes of it."""
+    flags = (
+        "select array_agg(parker || ' ' || key order by parker, key) from outbox.parked_keys where retry_at <= now()"
+    )
+    park(migrated, "k1", b"{}", b"{}")
+    park(migrated, "k1", b"{}", parker="agents")
+    park(migrated, "k2", b"{}")
+    done = outbox(migrated, "parked", "retry", "k1", "--parker", "relay")
+    assert (done.returncode, done.stdout) == (0, "k1 in llm.agents, parked by relay: 2 events are tried again\n")
+    assert sql(migrated, flags) == ["relay k1"]
+    assert "now" in outbox(migrated, "parked", "list", "--parker", "relay").stdout
+    both = json.loads(outbox(migrated, "parked", "retry", "k1", "--json").stdout)
+    assert (both["retried"], [key["parker"] for key in both["keys"]]) == (2, ["agents", "relay"])
+    assert sql(migrated, flags) == ["agents k1", "relay k1"]
+    nobody = outbox(migrated, "parked", "retry", "--all", "--reason", "TopicMissing")
+    assert nobody.stdout == "0 parked keys are tried again\n"
+    assert json.loads(outbox(migrated, "parked", "retry", "--all", "--reason", "TooLarge", "--json").stdout) == {
+        "retried": 3
+    }
+    assert sql(migrated, flags) == ["agents k1", "relay k1", "relay k2"]
+    missing = outbox(migrated, "parked", "retry", "k3")
+    assert (missing.returncode, "not parked" in missing.stderr) == (1, True)
+    for wrong in ((), ("k1", "--all"), ("k1", "--reason", "TooLarge")):
+        assert outbox(migrated, "parked", "retry", *wrong).returncode == 2
+
+
+def test_discarding_asks_first_and_then_frees_the_key(migrated: dict[str, str]) -> None:
+    park(migrated, "k1", b"{}", b"{}")
+    park(migrated, "k1", b"{}", parker="agents")
+    refused = outbox(migrated, "parked", "discard", "k1")
+    assert (refused.returncode, "--yes" in refused.stderr) == (2, True)
+    assert "parked by relay: 2 events would be lost" in refused.stdout
+    assert sql(migrated, "select count(*) from outbox.parked_keys") == 2
+    with on_a_terminal(migrated, "parked", "discard", "k1") as (process, terminal):
+        os.write(terminal, b"n\n")
+        assert process.wait(timeout=30) == 2
+    assert sql(migrated, "select count(*) from outbox.parked_keys") == 2
+    done = outbox(migrated, "parked", "discard", "k1", "--parker", "agents", "--yes")
+    assert (done.returncode, done.stdout) == (0, "k1 in llm.agents, parked by agents: 1 event discarded\n")
+    assert sql(migrated, "select count(*) from outbox.parked_events where parker = 'agents'") == 0
+    (gone,) = json.loads(outbox(migrated, "parked", "discard", "k1", "--yes", "--json").stdout)["discarded"]
+    assert (gone["parker"], gone["events"]) == ("relay", 2)
+    assert sql(migrated, "select count(*) from outbox.parked_events where state = 'discarded'") == 2
+    assert sql(migrated, "select count(*) from outbox.parked_keys") == 0
+    assert outbox(migrated, "parked", "discard", "k1", "--yes").returncode == 1
+
+
 def test_untrusted_text_is_neither_markup_nor_control(migrated: dict[str, str]) -> None:
     park(migrated, EVIL, b"\x1b[2J [red]not red[/red]")
-    for command in (("list",), ("show", EVIL), ("show", EVIL.replace("\x1b", "\\u001b")), ("show", EVIL, "--json")):
+    pasted = EVIL.replace("\x1b", "\\u001b")
+    for command in (
+        ("list",), ("show", EVIL), ("show", pasted), ("show", EVIL, "--json"),
+        ("retry", pasted), ("retry", EVIL, "--json"),
+    ):  # fmt: skip
         done = outbox(migrated, "parked", *command)
         assert done.returncode == 0
         assert "\x1b" not in done.stdout, command
     shown = outbox(migrated, "parked", "show", EVIL).stdout
     assert "evil \\u001b[31mred\\u001b[0m [bold]markup[/bold]" in shown
     assert "\\u001b[2J [red]not red[/red]" in shown
+    discarded = outbox(migrated, "parked", "discard", pasted, "--yes")
+    assert (discarded.returncode, "\x1b" in discarded.stdout) == (0, False)
 
 
 # --------------------------------------------------------------------------------------------- relay, adopt

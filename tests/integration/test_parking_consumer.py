@@ -230,7 +230,7 @@ async def test_what_succeeds_goes_and_what_fails_stays_with_all_behind_it(pool: 
 
 
 async def test_events_of_two_logs_are_not_folded_into_one(pool: Pool, engine: Engine, bug: Bug) -> None:
-    """A row of the older log must not get the newer one's name by a patch; each log's events are tried by themselves."""
+    """A row of the older log must not get the newer one's name by a patch: each log's events are tried alone."""
     agent = uuid4()
     stream = await Stream.claimed(engine)
     await stream.apply(named(agent, "first"), patched(agent, "explode"))

@@ -460,6 +460,19 @@ async def test_a_person_mends_the_cause_and_everything_comes_in_order(log_pool: 
     assert await counted(log_pool) == 0
 
 
+async def test_a_retry_wakes_an_idle_relay(log_pool: Pool, broker: str, topic: str) -> None:
+    """Nothing else would, for an hour. Seen red: without `pg_notify` in the statement that sets the flag."""
+    await create_topic(broker, topic, partitions=1)
+    writers = Writers(log_pool, topic, keys=("poison-1", "other"))
+    await writers.set_up()
+    await _park_one(log_pool, broker, writers)
+    settings = Settings(**QUICK, safety_poll_seconds=3_600.0, watermark_seconds=3_600.0)
+    async with Relay(log_pool, broker, settings=settings):
+        await eventually(lambda: _sees(log_pool, f"{_IDLE} from outbox.shards s"), what="the relay idles")
+        assert await parking.retry(log_pool, await places(log_pool, "poison-1")) == 1
+        assert (await writers.judge(broker)).valid
+
+
 async def test_adoption_leaves_out_what_was_released_after_the_copy_was_made(
     log_pool: Pool, broker: str, topic: str
 ) -> None:
@@ -497,10 +510,10 @@ async def test_adoption_leaves_out_what_was_released_after_the_copy_was_made(
 
 
 _RELEASES: Final = "select count(*) from outbox.windows where kind = 'release'"
-_RESUMED: Final = """s.lease_epoch >= 3 and s.done_through = (select max(window_no) from outbox.windows)
+_IDLE: Final = """s.done_through = (select max(window_no) from outbox.windows)
    and exists (select from pg_locks where locktype = 'advisory' and classid = 1868724273 and mode = 'ExclusiveLock'
-                  and database = (select oid from pg_database where datname = current_database()))
-  from outbox.shards s"""
+                  and database = (select oid from pg_database where datname = current_database()))"""
+_RESUMED: Final = f"s.lease_epoch >= 3 and {_IDLE} from outbox.shards s"
 
 
 async def _sees(pool: Pool, what: str) -> bool:

@@ -23,7 +23,7 @@ from outbox.settings import Settings
 app = typer.Typer(no_args_is_help=True, help="See the keys that cannot be published or applied, and decide about them.")
 
 Parker = Annotated[
-    str | None, typer.Option("--parker", metavar="NAME", help="Only by 'relay', or for the cache of this table.")
+    str | None, typer.Option("--parker", metavar="NAME", help="Only by 'relay', or for this cache's table or inbox.")
 ]
 Topic = Annotated[str | None, typer.Option("--topic", metavar="TOPIC", help="Only in this topic.")]
 Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, max=10_000, help="At most so many.")]
@@ -139,7 +139,7 @@ def _retry_in(parked: ParkedKey, now: datetime) -> str:
 def retry(
     context: typer.Context,
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="The key, as 'list' prints it.", show_default=False)
+        str | None, typer.Argument(metavar="KEY", help="The key, as 'list' prints it.", show_default=False)
     ] = None,
     *,
     parker: Parker = None,
@@ -172,7 +172,7 @@ async def _retry(settings: Settings, key: str, parker: str | None, topic: str | 
         places = await _find(pool, key, parker, topic)
         flagged = await parking.retry(pool, places)
     if as_json:
-        print_json({"retried": flagged, "keys": [asdict(place) for place in places]})
+        print_json({"retried": flagged, "keys": [_place(place, place.events) for place in places]})
     for place in [] if as_json or not flagged else places:
         _print_place(place, "are tried again" if place.events != 1 else "is tried again")
     if not flagged:
@@ -221,7 +221,7 @@ async def _discard(
         counts = [await parking.discard(pool, place) for place in places]
     gone = [(place, count) for place, count in zip(places, counts, strict=True) if count is not None]
     if as_json:
-        print_json({"discarded": [{**asdict(place), "events": count} for place, count in gone]})
+        print_json({"discarded": [_place(place, count) for place, count in gone]})
     for place, count in [] if as_json else gone:
         _print_place(replace(place, events=count), "discarded")
     if not gone:
@@ -234,6 +234,10 @@ def _confirm() -> None:
     if not typer.confirm("Go ahead?"):
         out.print("nothing was done")
         raise typer.Exit(Exit.USAGE)
+
+
+def _place(place: ParkedKey, events: int) -> dict[str, object]:
+    return {"parker": place.parker, "topic": place.topic, "key": place.key, "events": events}
 
 
 def _print_place(place: ParkedKey, fate: str) -> None:

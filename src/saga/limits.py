@@ -26,3 +26,5 @@ LEASE_MARGIN_SECONDS: Final = 15.0
 """How long after its lease a worker's call may still be on its way; part of `settle`."""
 SUSPEND_SECONDS: Final = 1.0
 """A longer backoff is written down, and the worker forgets the instance meanwhile."""
+PROBE_ATTEMPTS: Final = 5
+"""How often an outcome is asked for before it is taken for unknown."""

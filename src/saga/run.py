@@ -9,7 +9,9 @@ Nothing of a body runs in the event loop: tasks, `asyncio.sleep` and clients of 
 """
 
 import hashlib
+import inspect
 from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, cast, overload
@@ -204,6 +206,23 @@ class Run:
         """A number from 0 up to 1; the same again when the body is run again."""
         return (int.from_bytes(self._random(7), "big") >> 3) / (1 << 53)
 
+    @contextmanager
+    def driven(self) -> Generator[None]:
+        """For the driver of the body: operations may be asked for inside the block."""
+        self._driven = True
+        try:
+            yield
+        finally:
+            self._driven = False
+
+    def move(self, at: datetime) -> None:
+        """For the driver: the journal's next fact is from then."""
+        self._now = max(self._now, at)
+
+    def close(self) -> None:
+        """For the driver: no operation is possible any more."""
+        self._closed = True
+
     def _random(self, size: int) -> bytes:
         self._counter += 1
         seed = self._id.bytes + self._counter.to_bytes(8, "big")
@@ -212,6 +231,8 @@ class Run:
     def _check(self, call: object) -> None:
         self._require_driven("run")
         if not isinstance(call, Call):
+            if inspect.iscoroutine(call):
+                call.close()  # it is refused, and nobody will await it
             raise BodyError(f"run: {call!r} is no call of a step; write await run(step(...))")
 
     def _require_driven(self, what: str) -> None:

@@ -20,7 +20,7 @@ State: TypeAlias = Literal[
 ]
 Ending: TypeAlias = Literal["failed", "cancelled"]
 PlanStatus: TypeAlias = Literal["pending", "executing", "completed", "failed"]
-AnswerKind: TypeAlias = Literal["applied", "news", "already", "changed", "fenced", "locked", "broken"]
+AnswerKind: TypeAlias = Literal["applied", "news", "changed", "fenced", "broken"]
 Chore: TypeAlias = Literal["release_locks", "tell_parent"]
 
 ENDED: Final[frozenset[str]] = frozenset({"completed", "failed", "cancelled"})
@@ -77,6 +77,8 @@ class Intent:
     tainted: bool = False
     flying: bool = True
     phase: Literal["do", "probe", "stuck"] = "do"
+    probes: int = 0
+    """Times that asking failed."""
     not_before: datetime | None = None
     until: datetime | None = None
     """When the reply to a command is no longer waited for."""
@@ -102,6 +104,8 @@ def intent_to_json(intent: Intent) -> str:
     }
     if intent.tainted:
         plain["tainted"] = True
+    if intent.probes:
+        plain["probes"] = intent.probes
     if intent.phase != "do":
         plain["phase"] = intent.phase
     if intent.error is not None:
@@ -130,6 +134,7 @@ def _intent(plain: Mapping[str, Any]) -> Intent:
         flying=plain["flying"],
         tainted=plain.get("tainted", False),
         phase=plain.get("phase", "do"),
+        probes=plain.get("probes", 0),
         error=plain.get("error"),
         **times,
     )
@@ -377,7 +382,6 @@ class Decision:
     start: tuple[Work, ...] = ()
     checkpoint: Checkpoint | None = None
     look: bool = False
-    reload: bool = False
     released: bool = False
     chores: tuple[Chore, ...] = ()
     late: tuple[Late, ...] = ()

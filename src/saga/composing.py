@@ -1,0 +1,112 @@
+"""Checkpoints: what is decided about one instance, as the one write that its journal takes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Final
+
+from saga import limits
+from saga.calls import Calls, Needs
+from saga.compensating import Following
+from saga.ledger import Ledger
+from saga.state import Checkpoint, Claimed, Ending, OutboxRow, PlanRow
+
+
+class Composer:
+    """Composes the checkpoints of one instance."""
+
+    def __init__(self, claimed: Claimed, ledger: Ledger, calls: Calls) -> None:
+        """After a claim."""
+        self._claimed: Final = claimed
+        self._ledger: Final = ledger
+        self._calls: Final = calls
+        self.no = claimed.checkpoint_no
+        """Checkpoints written before."""
+        self.seen = claimed.mailbox.wakeups
+        """The wake-up counter as it was when the mail was last looked at."""
+
+    @property
+    def passes_pivot(self) -> bool:
+        """Whether the pivot is among what is decided and not written."""
+        return any(row.kind == "pivot" for row in self._ledger.pending)
+
+    def forward(self, now: datetime, needs: Needs, *, held: bool) -> Checkpoint:
+        """Results, and the intents of what comes next; or of what is waited for."""
+        pivoted = self.passes_pivot
+        wake_at = needs.wake_at if self._calls.pivoted or pivoted else [*needs.wake_at, self._claimed.deadline_at]
+        return self._checkpoint(
+            now,
+            open=self._calls.open(held=held),
+            next=tuple(needs.intents),
+            outbox=(*self._emitted(), *needs.outbox),
+            children=tuple(needs.children),
+            state="running" if held else "waiting",
+            held=held,
+            wake_at=None if held else min(wake_at, default=None),
+            pivoted=pivoted,
+        )
+
+    def completed(self, now: datetime, output: str) -> Checkpoint:
+        """The last results, and the end."""
+        return self._checkpoint(
+            now, outbox=self._emitted(), state="completed", held=False, pivoted=self.passes_pivot, output=output
+        )
+
+    def back(
+        self,
+        now: datetime,
+        step: Following,
+        changes: tuple[PlanRow, ...],
+        *,
+        ending: Ending,
+        plan: Sequence[PlanRow] = (),
+        error: str | None = None,
+        strict: bool = False,
+    ) -> Checkpoint:
+        """What became of the plan, and its next row; with `plan`, that it begins."""
+        following = {(row.path, row.round): row for row in (*plan, *step.rows)}
+        return self._checkpoint(
+            now,
+            strict=strict,
+            plan=changes,
+            plan_next=tuple(following.values()),
+            outbox=(*self._emitted(), *step.outbox),
+            state=ending if step.is_end else "compensating",
+            held=step.held,
+            wake_at=step.wake_at,
+            ending=ending,
+            error=error if error is not None else self._claimed.error,
+        )
+
+    def paused(
+        self, now: datetime, reason: str, plan: tuple[PlanRow, ...] | None, *, strict: bool = False
+    ) -> Checkpoint:
+        """Results, and that a person is needed; `plan` where it is being undone."""
+        return self._checkpoint(
+            now,
+            strict=strict,
+            plan=plan or (),
+            outbox=self._emitted(),
+            open=self._calls.open(held=False) if plan is None else (),
+            state="paused",
+            held=False,
+            paused_reason=reason[: limits.REASON_MAX_CHARACTERS],
+            error=self._claimed.error,
+        )
+
+    def _emitted(self) -> tuple[OutboxRow, ...]:
+        """Messages of transactional steps whose rows are about to be written."""
+        ended = (self._ledger.ended.get(row.path) for row in self._ledger.pending)
+        return tuple(replace(message, is_next=False) for known in ended if known for message in known.outbox)
+
+    def _checkpoint(self, now: datetime, *, strict: bool = False, **columns: Any) -> Checkpoint:
+        return Checkpoint(
+            id=self._claimed.id,
+            epoch=self._claimed.epoch,
+            no=self.no,
+            seen=self.seen,
+            strict=strict or bool(self._ledger.by_absence),
+            rows=tuple(self._ledger.pending),
+            at=now,
+            **columns,
+        )

@@ -1,0 +1,200 @@
+"""Going forward: the body, and what its next operation needs.
+
+The body is kept alive between steps, so that a step costs no replay; after a claim, and where a decision is taken back,
+it is run again from its start over the journal. Both ways must come by the same rows, in the same order:
+
+* The rows after those consumed must be those of the operation that the body waits for: same path (branch, name,
+  occurrence), kind and digest. Within a parallel they may be in any order.
+* An operation without a row is new, and allowed only where all rows are consumed; an intent must be one of its slots.
+* At the end of the body no row and no intent may be left.
+
+Anything else is a divergence: the code is not what wrote this journal. Nothing is executed then.
+"""
+
+import json
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from saga.body import At, Body, Slot
+from saga.definition import Saga
+from saga.errors import PayloadError
+from saga.ledger import Ended, Ledger
+from saga.run import DoParallel, DoReceive, DoSleep
+from saga.state import Claimed, TaskRow
+
+
+class Diverged(Exception):
+    """The body and the journal do not agree."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"diverged at {path}: {problem}")
+        self.path: Final = path
+
+
+class Unreadable(Exception):
+    """A result cannot be read as what the step says now that it returns."""
+
+
+class Forward:
+    """The body of one instance over its journal."""
+
+    def __init__(self, saga: Saga[Any, Any], claimed: Claimed, ledger: Ledger) -> None:
+        """Run the body to its first operation.
+
+        Raises:
+            PayloadError: the request cannot be read.
+        """
+        self._saga: Final = saga
+        self._claimed: Final = claimed
+        self._ledger: Final = ledger
+        self._consumed = 0
+        self.body = self._new_body()
+
+    def _new_body(self) -> Body:
+        request = self._saga.request.decode(self._claimed.request)
+        return Body(self._saga, self._claimed.id, request, self._claimed.started_at)
+
+    def rebuild(self) -> None:
+        """Run the body again, from its start: a decision that it has seen was taken back."""
+        self.body.close()
+        self._consumed = 0
+        self.body = self._new_body()
+
+    def advance(self, now: datetime) -> None:
+        """Answer operations as long as their rows are there, or can be decided; pending rows are added.
+
+        Raises:
+            Diverged: the body does not come by the journal's rows.
+            Unreadable: a result does not fit.
+        """
+        while isinstance(at := self.body.position, At):
+            self._check_order(at)
+            if any(self._ledger.row(slot.path) is None for slot in at.slots):
+                self._check_intents(at)
+            rows = [self._ledger.row(slot.path) or self._decide(slot, now) for slot in at.slots]
+            if any(row is None or row.outcome == "unknown" for row in rows):
+                return
+            self._consumed += len(rows)
+            self._answer(at, [row for row in rows if row is not None])
+        self._check_end()
+
+    def _answer(self, at: At, rows: list[TaskRow]) -> None:
+        moment = max(row.completed_at for row in rows)
+        for row in rows:
+            if row.outcome == "rejected":
+                self.body.reject(row.error or "", moment)
+                return
+        values = tuple(self._value(slot, row) for slot, row in zip(at.slots, rows, strict=True))
+        self.body.answer(values if isinstance(at.operation, DoParallel) else values[0], moment)
+
+    def _value(self, slot: Slot, row: TaskRow) -> Any:
+        try:
+            if slot.call is not None:
+                return slot.target.result.decode(row.output or "null")
+            operation = slot.operation
+            if isinstance(operation, DoReceive):
+                return None if row.output is None else operation.signal.model_validate_json(row.output)
+            return operation.saga.result.decode(row.output or "null") if slot.kind == "child" else None  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise Unreadable(str(error) if isinstance(error, PayloadError) else f"{row.path}: {error}") from error
+
+    # -------------------------------------------------------------------------------------------- agreement
+
+    def _check_order(self, at: At) -> None:
+        rows, pending = self._ledger.rows, self._ledger.pending
+        index, slots = self._consumed, {slot.path: slot for slot in at.slots}
+        total = len(rows) + len(pending)
+        while index < total:
+            row = rows[index] if index < len(rows) else pending[index - len(rows)]
+            slot = slots.pop(row.path, None)
+            if slot is None:
+                if len(slots) == 0:
+                    return
+                raise Diverged(row.path, f"the journal has it where the code now asks for {min(slots)}")
+            _check_same(slot, row.kind, row.digest or b"")
+            index += 1
+
+    def _check_intents(self, at: At) -> None:
+        slots = {slot.path: slot for slot in at.slots}
+        for intent in self._ledger.open_intents():
+            slot = slots.get(intent.path)
+            if slot is None:
+                raise Diverged(intent.path, f"it may be happening where the code now asks for {min(slots)}")
+            _check_same(slot, intent.kind, intent.digest)
+
+    def _check_end(self) -> None:
+        rows = self._ledger.rows + self._ledger.pending
+        if self._consumed < len(rows):
+            raise Diverged(rows[self._consumed].path, "the journal has it, and the code does not ask for it any more")
+        for intent in self._ledger.open_intents():
+            raise Diverged(intent.path, "it may be happening, and the code does not ask for it any more")
+
+    # -------------------------------------------------------------------------------------------- new rows
+
+    def _decide(self, slot: Slot, now: datetime) -> TaskRow | None:
+        """The row that answers a slot, if what is known says so."""
+        if slot.kind == "pivot":
+            return self._ledger.add(_row(slot, at=self.body.run.now(), is_next=True))
+        if slot.kind == "sleep":
+            return self._ledger.add(_row(slot, at=now)) if now >= self.until(slot) else None
+        if slot.kind == "receive":
+            return self._receive(slot, now)
+        ended = self._ledger.ended.get(slot.path)
+        if ended is None:
+            return None
+        return self._ledger.add(self.row_of(slot, ended), by_absence=ended.by_absence)
+
+    def _receive(self, slot: Slot, now: datetime) -> TaskRow | None:
+        taken = {
+            json.loads(row.input)["no"]
+            for row in (*self._ledger.rows, *self._ledger.pending)
+            if row.kind == "receive" and row.input is not None
+        }
+        for no in sorted(self._ledger.mail):
+            mail = self._ledger.mail[no]
+            if mail.kind == "signal" and mail.name == slot.name and no not in taken:
+                row = _row(slot, at=max(mail.at, self.body.run.now()), output=mail.payload, input=f'{{"no": {no}}}')
+                return self._ledger.add(row)
+        if now < self.until(slot):
+            return None
+        return self._ledger.add(_row(slot, at=now), by_absence=True)
+
+    def until(self, slot: Slot) -> datetime:
+        """When a sleep or a receive is over: from the last fact that the body has seen."""
+        operation = slot.operation
+        length = (
+            operation.timeout_seconds
+            if isinstance(operation, DoReceive)
+            else operation.duration_seconds
+            if isinstance(operation, DoSleep)
+            else 0.0
+        )
+        return self.body.run.now() + timedelta(seconds=length)
+
+    def row_of(self, slot: Slot, ended: Ended) -> TaskRow:
+        """The row of a call that has ended."""
+        intent = self._ledger.intents.get(slot.path)
+        return _row(
+            slot,
+            at=ended.at,
+            outcome=ended.outcome,
+            input=intent.input if intent else slot.encode() if slot.kind != "lock" else None,
+            output=ended.output,
+            error=ended.error,
+            attempts=max(1, intent.attempts + (ended.outcome != "unknown")) if intent else 1,
+            started_at=intent.started_at if intent else None,
+        )
+
+
+def _row(slot: Slot, *, at: datetime, **columns: Any) -> TaskRow:
+    columns.setdefault("outcome", "completed")
+    return TaskRow(
+        seq=0, path=slot.path, name=slot.name, kind=slot.kind, digest=slot.digest or None, completed_at=at, **columns
+    )
+
+
+def _check_same(slot: Slot, kind: str, digest: bytes) -> None:
+    if slot.kind != kind:
+        raise Diverged(slot.path, f"the journal has a {kind}, the code asks for a {slot.kind}")
+    if slot.digest != digest:
+        raise Diverged(slot.path, "the code calls it with another input than the journal has")

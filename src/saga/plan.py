@@ -1,0 +1,109 @@
+"""The plan of a compensation: what has to be undone, in which order, and how often each is tried."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+from uuid import UUID
+
+from saga import limits
+from saga.definition import Saga
+from saga.state import PlanRow, TaskRow
+from saga.step import Target
+
+_BRANCH: Final = re.compile(r"(parallel#\d+)\[(\d+)\]/")
+_UNDOABLE: Final = ("step", "transactional", "remote", "child")
+
+
+class Stuck(Exception):
+    """Compensation cannot go on without a person."""
+
+
+class Retried:
+    """How often and how fast a compensation is tried, whatever it is of."""
+
+    def __init__(self, target: Target | None) -> None:
+        undo = target.undo if target is not None else None
+        self.required: Final = undo.required if undo else True
+        self.attempts: Final = undo.retry.attempts if undo else limits.COMPENSATION_ATTEMPTS
+        self._retry: Final = undo.retry if undo else None
+        self.timeout_seconds: Final = (
+            undo.timeout_seconds if undo else target.timeout_seconds if target else limits.STEP_TIMEOUT_SECONDS
+        )
+
+    def delay(self, key: UUID, failed: int) -> timedelta:
+        """How long to wait after so many failed attempts."""
+        chance = jitter(key, failed)
+        if self._retry is None:
+            ceiling = min(limits.RETRY_MAXIMUM_SECONDS, limits.RETRY_INITIAL_SECONDS * 2.0 ** min(failed - 1, 60))
+            return timedelta(seconds=ceiling * (0.5 + chance / 2))
+        return timedelta(seconds=self._retry.delay(failed, chance))
+
+
+def jitter(key: UUID, attempt: int) -> float:
+    """From 0 up to 1: other instances wait differently, and the same decision is the same again."""
+    seed = key.bytes + attempt.to_bytes(4, "big")
+    return int.from_bytes(hashlib.blake2b(seed, digest_size=4).digest(), "big") / (1 << 32)
+
+
+def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> list[PlanRow]:
+    """What has to be undone, in the order of undoing: the reverse of the journal, and of the calls of a parallel.
+
+    Raises:
+        Stuck: a step's name means nothing any more.
+    """
+    plan: list[PlanRow] = []
+    for row in reversed(in_order_of_calls(rows)):
+        if row.kind not in _UNDOABLE or row.outcome == "rejected":
+            continue
+        target = None
+        if row.kind != "child":
+            target = find(saga, row.name)
+            if row.kind != "remote" and target.undo is None:
+                continue
+        waits = row.outcome == "unknown" and row.kind == "step" and target is not None and not target.fences
+        plan.append(
+            PlanRow(
+                position=len(plan) + 1,
+                task_seq=row.seq,
+                path=row.path,
+                name=row.name,
+                kind=row.kind,
+                required=Retried(target).required,
+                not_before=now + timedelta(seconds=target.settle_seconds) if waits and target is not None else None,
+            )
+        )
+    return plan
+
+
+def in_order_of_calls(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """Journalled rows with the branches of each parallel in the order of the calls."""
+    ordered: list[TaskRow] = []
+    block: list[tuple[int, TaskRow]] = []
+    name = ""
+    for row in rows:
+        branch = _BRANCH.match(row.path)
+        if branch is None or branch[1] != name:
+            ordered += [of for _, of in sorted(block, key=lambda item: item[0])]
+            block, name = [], branch[1] if branch else ""
+        if branch is None:
+            ordered.append(row)
+        else:
+            block.append((int(branch[2]), row))
+    return ordered + [of for _, of in sorted(block, key=lambda item: item[0])]
+
+
+def find(saga: Saga[Any, Any], name: str) -> Target:
+    """The step that a name of the journal stands for.
+
+    Raises:
+        Stuck: nothing of that name is left in the code.
+    """
+    target = saga.find(name)
+    if target is None:
+        raise Stuck(
+            f"nothing is called {name} in the code of {saga.name} any more, and the journal says that it happened; "
+            "bring the step back, or skip it: saga resume ID --skip STEP --reason ..."
+        )
+    return target

@@ -11,6 +11,7 @@ from outbox import OwnerError, OwnerPage, OwnerPageInvalid, OwnerUnavailable, Po
 from outbox.cache import rebuild as rebuild_module
 from outbox.cache.rebuild import Progress, Rebuild, check_order
 from outbox.errors import CacheNotFed, RebuildBusy
+from tests.integration.test_cache import Everything, with_everything
 from tests.support.caching import TABLE, TOPIC, feed, make_engine, rows
 from tests.support.mutations import broken_statement
 from tests.support.owning import QUERY, SmallRelay, create_agents, delete, owned, owned_cache, rename
@@ -103,6 +104,29 @@ async def test_live_events_between_any_pages(pool: Pool) -> None:
     await Rebuild(pool, cache).run()
     await feed(engine, partition, await relay.publish())
     assert await rows(pool) == await owned(pool)
+
+
+async def test_values_of_every_type_arrive_as_the_owner_has_them(pool: Pool) -> None:
+    """Red with `_with_bytes` left out: the digits of bytea would be stored as text."""
+    cache = await with_everything(pool)
+    await pool.execute(
+        "create table theirs (like everything including defaults);"
+        "insert into theirs (id, flag, small, amount, label, born, seen, span, raw, mood, words, grid, ids, nested,"
+        " anything)"
+        " select n, n % 2 = 0, case n when 1 then 'NaN' when 2 then '-Infinity' else n / 3.0 end,"
+        " 12345678901234567890.123456789 + n, nullif('label ' || n, 'label 2'), '2024-02-29',"
+        " '2024-02-29 23:59:59.123456+05:30', make_interval(days => n, secs => 1.5), decode('00ff5c78', 'hex'),"
+        " 'bad', array['a,b', null, '{\"'], '{{1,2},{3,4}}', array[gen_random_uuid()],"
+        ' \'{"numbers": [1], "at": "2024-01-01T00:00:00Z"}\', \'{"a": [null, 1.5]}\' from generate_series(1, 15) n'
+    )
+    columns = ", ".join(name for name in Everything.model_fields if name != "last_synced_at")
+    cache.owner = SqlOwner(pool, f"select {columns} from theirs")  # type: ignore[misc]
+    await make_engine(pool, cache)
+    assert (await Rebuild(pool, cache).run()).rows == 15
+    comparable = columns.replace("nested", "nested::jsonb").replace("anything", "anything::jsonb")
+    difference = f"select {comparable} from theirs except select {comparable} from everything"
+    assert [tuple(row) for row in await pool.fetch(difference)] == []
+    assert await cache.get(pool, 3) is not None
 
 
 # -------------------------------------------------------------------------------------------------- hazards H16, H41

@@ -365,7 +365,7 @@ async def test_freshness_begins_anew_with_a_partition_that_was_set_free(scene: S
     assert await scene.lag() is None
     await scene.reach(0, 1)
     await scene.hear()
-    assert await scene.get() is not None
+    assert await scene.lag() is not None
 
 
 async def test_older_logs_and_shards_that_are_no_more_do_not_count(scene: Scene) -> None:
@@ -473,6 +473,34 @@ async def test_after_an_adoption_nothing_is_fresh_until_the_cache_is_whole_again
         row = await owned.get(scene.pool, AGENT, fresh_within=5)
         assert row is not None
         assert row.agent_name == "a"
+
+
+@RULE
+@pytest.mark.parametrize("gap", ["made anew", "joined late", "freed", "deleted before"])
+async def test_a_cache_that_lacks_events_is_never_fresh_without_an_owner(scene: Scene, gap: str, rule: str) -> None:
+    """Its table was made anew; its consumer had begun without it; its partition lost records, later or at first.
+
+    Seen red: without `has_gap` in the statement `one`.
+    """
+    if gap in {"made anew", "joined late"}:
+        await scene.pool.execute(f"drop table {TABLE}")
+        if gap == "joined late":
+            await scene.pool.execute("delete from outbox.caches")
+        await create_table(scene.pool)
+        await make_engine(scene.pool, make_cache())
+    elif gap == "freed":
+        await scene.pool.execute("update outbox.positions set state = 'restarting'")
+        await scene.engine.restart(await scene.engine.claim(TOPIC, 0, 2), 2)
+    else:
+        await scene.engine.claim(TOPIC, 1, 7)
+    await scene.hear(Mark())
+    text, without = "f.is_only_log and not h.has_gap", "f.is_only_log"
+    with broken_statement(freshness.SQL, "one", text, text if rule == "kept" else without):  # type: ignore[arg-type]
+        scene.cache = make_cache()
+        if rule == "kept":
+            assert await scene.doubt() == (StaleReason.INCOMPLETE, math.inf)
+        else:
+            await scene.get()
 
 
 # ------------------------------------------------------------------------------------------------ forgetting

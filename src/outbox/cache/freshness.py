@@ -5,8 +5,8 @@ A row is believed if, in one snapshot of the database,
 * the consumer has applied everything that had committed at its owner by `complete_as_of` (`consumer.watermarks`), and
   that is at most `fresh_within` seconds ago by this database's clock;
 * the key waits in nobody's parking: neither the owner's relay nor this cache has set an event of it aside;
-* the cache is whole: everything from before the log that is followed was merged from the owner's pages, or there is no
-  such thing.
+* the cache is whole: all of the owner's pages were merged from the log that is followed; or, without an owner, it has
+  had every event from the topic's first on, and all from one log.
 
 Else the owner answers, if the cache has one; else `Stale` is raised. A relay that stands still is noticed although the
 consumer has no lag: without watermarks `complete_as_of` gets older by itself.

@@ -2,13 +2,21 @@
 
 -- name: claim
 -- A partition for this process: the epoch grows, so that whoever had it is fenced. Waits for the row lock of a batch
--- that the former owner has open, and then sees what that committed. $4 where a partition never read before begins.
--- Lock: one row of positions, by primary key.
-insert into outbox.positions as p (consumer, topic, partition, next_offset, owner)
-values ($1, $2, $3, $4, $5)
-on conflict (consumer, topic, partition) do update
-   set epoch = p.epoch + 1, owner = excluded.owner, updated_at = clock_timestamp()
-returning next_offset, epoch, last_event_id, state
+-- that the former owner has open, and then sees what that committed. $4 where a partition never read before begins; if
+-- Kafka has deleted what was before it, the caches have a gap.
+-- Locks: one row of positions, by primary key, and at most once the consumer's rows of caches.
+with claimed as (
+    insert into outbox.positions as p (consumer, topic, partition, next_offset, owner)
+    values ($1, $2, $3, $4, $5)
+    on conflict (consumer, topic, partition) do update
+       set epoch = p.epoch + 1, owner = excluded.owner, updated_at = clock_timestamp()
+    returning next_offset, epoch, last_event_id, state
+), begun as (
+    update outbox.caches c set has_gap = true
+      from claimed n
+     where n.epoch = 1 and n.next_offset > 0 and c.consumer = $1 and c.topic = $2 and not c.has_gap
+)
+select next_offset, epoch, last_event_id, state from claimed
 
 -- name: stored_state
 -- What a partition that stands still is to do now. No lock; by primary key.
@@ -22,12 +30,15 @@ update outbox.positions p set state = $5, updated_at = clock_timestamp()
 -- name: restart
 -- A partition that `outbox cache rebuild` set free goes on at the first record ($5) that Kafka has. What was applied
 -- keeps its marks, so that no record of it counts twice. Freshness begins anew: offsets of the topic before it was
--- re-created say nothing about this one. Lock: one row of positions, by primary key.
+-- re-created say nothing about this one, and what Kafka had deleted is missing.
+-- Locks: one row of positions, by primary key, and the consumer's rows of caches.
 with restarted as (
     update outbox.positions p
        set next_offset = $5, last_event_id = null, state = 'running', updated_at = clock_timestamp()
      where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.epoch = $4 and p.state = 'restarting'
     returning p.consumer, p.topic
+), gapped as (
+    update outbox.caches c set has_gap = true from restarted r where c.consumer = r.consumer and c.topic = r.topic
 ), unsaid as (
     delete from outbox.watermarks w using restarted r where w.consumer = r.consumer
 )
@@ -73,8 +84,10 @@ with dropped as (
 delete from outbox.tombstones t using dropped d where t.cache = d.cache
 
 -- name: register
--- A consumer feeds this table for the cache of this name. The table may have been dropped and made anew. Rows: 1.
-insert into outbox.caches as c (cache, name, consumer, topic, notifies) values ($1::oid, $2, $3, $4, $5)
+-- A consumer feeds this table for the cache of this name. The table may have been dropped and made anew, or join a
+-- consumer that has begun: then events are missing that were applied before. Rows: 1.
+insert into outbox.caches as c (cache, name, consumer, topic, notifies, has_gap)
+select $1::oid, $2, $3, $4, $5, exists (select from outbox.positions p where p.consumer = $3 and p.topic = $4)
 on conflict (cache) do update
    set consumer = excluded.consumer, topic = excluded.topic, name = excluded.name, notifies = excluded.notifies,
        updated_at = clock_timestamp()

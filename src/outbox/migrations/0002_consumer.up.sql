@@ -51,6 +51,7 @@ create table outbox.caches (
     topic text not null,
     notifies boolean not null default false,
     complete_log text,
+    has_gap boolean not null default false,
     floor_log text,
     floor_xid xid8,
     updated_at timestamptz not null default clock_timestamp(),
@@ -64,6 +65,7 @@ comment on table outbox.caches is 'Tables that consumers feed: the live one of e
 comment on column outbox.caches.name is 'The table as the cache is declared; the parker of its parked keys';
 comment on column outbox.caches.notifies is 'Whether batches and pages that change rows say so on channel outbox_cache, for processes that remember rows';
 comment on column outbox.caches.complete_log is 'The log of which the owner''s pages have been merged from the first key to the last; null where there was no owner';
+comment on column outbox.caches.has_gap is 'Events that came before it was fed, or that Kafka had deleted, are missing; only the owner''s pages make up for them';
 comment on column outbox.caches.floor_xid is 'Pages whose snapshot has a lower xmin cannot be compared any more with what was forgotten, and are read again';
 
 create function outbox.tell_of_swap() returns trigger language plpgsql volatile as $$

@@ -28,7 +28,7 @@ BACKLOG_MAX_SECONDS: Final = 60.0
 """How long one snapshot is paged through before another one goes on: an old snapshot keeps VACUUM from its work."""
 RELAY_PARKED_MAX_EVENTS: Final = 1_000_000
 """Parked events of one shard; rather than park one more, the shard stands still loudly."""
-RELAY_PARKED_FORGET_EVENTS: Final = 1_000
+RELAY_PARKED_FORGET_EVENTS: Final = 5_000
 """Released and discarded events deleted at a time."""
 TOPICS_LOOK_SECONDS: Final = 60.0
 """Between two looks whether topics have the partition counts that are pinned."""

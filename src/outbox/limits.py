@@ -100,6 +100,16 @@ MEMORY_CHECK_SECONDS: Final = 5.0
 NOTIFY_MAX_BYTES: Final = 7_999
 """PostgreSQL's bound of a notification."""
 
+# Explaining.
+EXPLAIN_RECORDS: Final = 100_000
+"""The newest records of a partition, where nobody asks for others."""
+EXPLAIN_SECONDS: Final = 120.0
+"""For reading them."""
+EXPLAIN_BEYOND_SECONDS: Final = 2.0
+"""For records that were applied and are behind the end that Kafka tells."""
+EXPLAIN_PAGES: Final = 1_000
+EXPLAIN_PARTITIONS: Final = 100_000
+
 # Owners of caches.
 OWNER_PAGE_ROWS: Final = 5_000
 """Rows of a page, where nobody asks for fewer."""

@@ -269,7 +269,7 @@ async def test_one_notification_a_batch_and_none_without_memory(
         assert await follower.all(pool) == []
 
 
-@pytest.mark.parametrize("agents", [1, 150, 250])
+@pytest.mark.parametrize("agents", [1, 150, 210, 400])
 async def test_more_keys_than_fit_are_every_key(
     pool: Pool, cache: Cache[CachedAgent], engine: Engine, agents: int
 ) -> None:

@@ -179,7 +179,7 @@ async def find_by_oid(db: Connection | Pool, row: type[BaseModel], table: str, k
         schema=found[0]["schema"],
         name=found[0]["table"],
         key=key,
-        key_type=_key_type(table, columns[key]),
+        key_type=key_type_of(table, columns[key]),
         columns=tuple(name for name in fields if name != SYNCED),
         read=fields,
         json=frozenset(name for name in fields if columns[name]["type"] in _JSON),
@@ -189,7 +189,12 @@ async def find_by_oid(db: Connection | Pool, row: type[BaseModel], table: str, k
     )
 
 
-def _key_type(table: str, column: Record) -> type:
+def key_type_of(table: str, column: Record) -> type:
+    """As what keys of a column, from `describe`, are compared.
+
+    Raises:
+        CacheDeclarationError: it cannot be a key.
+    """
     name = column["name"]
     if not column["is_unique"]:
         raise CacheDeclarationError(f"cache {table}: key {name} needs a primary key or a unique index of its own")

@@ -15,6 +15,7 @@ from outbox.cache import Cache, generations
 from outbox.cache import rebuild as rebuilding
 from outbox.cache.http import HttpOwner
 from outbox.cache.reconcile import Comparison, Reconcile
+from outbox.cli.cache_explain import explain_key
 from outbox.cli.exits import Exit, UsageProblem
 from outbox.cli.loading import cache_of
 from outbox.cli.run import AsJson, DatabaseUrl, connected, err, fail, out, print_json, run, settings_of
@@ -300,3 +301,11 @@ def _details(cache: caches.CacheStatus) -> Iterator[str]:
             yield f"rebuild of {table} ended {rebuild.finished_at:%Y-%m-%d %H:%M:%S} UTC: {done}"
         elif rebuild.working:
             yield f"rebuild of {table} by {rebuild.worker}: {done} so far"
+
+
+# ------------------------------------------------------------------------------------------------------------ explain
+
+
+app.command("explain", epilog="Example: `outbox cache explain agents 0b6f... --app shop.caches --newest 1000000`")(
+    explain_key
+)

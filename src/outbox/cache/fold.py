@@ -74,6 +74,8 @@ class Folded:
 def fold(steps: Sequence[Step]) -> Folded:
     """Fold one key's steps, in order."""
     start = len(steps) - 1
+    if start == 0 and not isinstance(steps[0].effect, _LATER):  # as most keys of a large cache
+        return Folded(steps[0].effect, {}, steps[0])
     while start >= 0 and isinstance(steps[start].effect, _LATER):
         start -= 1
     if start < 0:

@@ -61,7 +61,7 @@ class Shape:
         """
         if isinstance(effect, self.row):
             own = getattr(effect, self.key)
-            if type(own) is type(value) and own == value:
+            if own is value or (type(own) is type(value) and own == value):
                 return effect
             text = key_text(own)
             return effect if text == key else _mismatch(text, key)

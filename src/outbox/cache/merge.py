@@ -13,6 +13,7 @@ import enum
 import json
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from pydantic import BaseModel
@@ -142,12 +143,23 @@ def _with(body: bytes, extra: dict[str, str]) -> bytes:
 
 def _runtime(last: Step, partition: int) -> bytes:
     at, offset = last.position, "null" if last.source is None else last.source.record.offset
-    where = f'"outbox_partition":{partition},"outbox_offset":{offset}}}'
     if at is None:
-        return f',"outbox_log":null,"outbox_position":null,"outbox_transaction_id":null,{where}'.encode()
+        text = (
+            f'{_origin(None, partition)},"outbox_position":null,"outbox_transaction_id":null,"outbox_offset":{offset}}}'
+        )
+        return text.encode()
+    log_id, _, _, _, position, transaction_id = at
     return (
-        f',"outbox_log":"{at.log_id}","outbox_position":{at.position},"outbox_transaction_id":{at.transaction_id},{where}'
+        f'{_origin(log_id, partition)},"outbox_position":{position},"outbox_transaction_id":{transaction_id},'
+        f'"outbox_offset":{offset}}}'
     ).encode()
+
+
+@lru_cache(maxsize=1024)
+def _origin(log_id: str | None, partition: int) -> str:
+    """What rows of one log in one partition share."""
+    log = "null" if log_id is None else f'"{log_id}"'
+    return f',"outbox_log":{log},"outbox_partition":{partition}'
 
 
 def _array(documents: Sequence[bytes]) -> str:

@@ -12,7 +12,8 @@ import pytest_asyncio
 
 from outbox import Inbox, Pool, Transaction, clock, crash_sites, kafka, limits
 from outbox.consumer.apply import Engine
-from outbox.consumer.lanes import Lanes, State
+from outbox.consumer.lane import State
+from outbox.consumer.lanes import Lanes
 from outbox.consumer.pace import Pace
 from outbox.consumer.record import Record
 from outbox.kafka import TopicPartition

@@ -34,7 +34,7 @@ from outbox.consumer import messages
 from outbox.consumer.apply import Engine, Outcome
 from outbox.consumer.bootstrap import keep_complete
 from outbox.consumer.inbox import Inbox
-from outbox.consumer.lanes import State
+from outbox.consumer.lane import State
 from outbox.consumer.watermarks import Watermarks
 from outbox.errors import CacheDeclarationError, InboxDeclarationError
 from outbox.loop import Loop

@@ -24,15 +24,13 @@ Guarantees:
 """
 
 import asyncio
-import enum
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from outbox import clock, crash_sites, kafka, limits, retry
 from outbox.consumer.apply import Engine, Outcome, Partition
-from outbox.consumer.pace import Pace
+from outbox.consumer.lane import ALARMS, RESTARTING, Lane, ReadOne, Source, State, abandon
 from outbox.consumer.record import Record, event_id
 from outbox.errors import ParkingFull
 from outbox.kafka import TopicPartition
@@ -40,70 +38,6 @@ from outbox.kafka import TopicPartition
 log = logging.getLogger(__name__)
 
 _SITES: Final = {name: crash_sites.register(f"consumer.kafka.{name}") for name in ("ends", "last", "commit")}
-
-
-class State(enum.StrEnum):
-    """Of a lane."""
-
-    CLAIMING = enum.auto()
-    RUNNING = enum.auto()
-    WAITING = enum.auto()
-    """After an error; claims again after a pause."""
-    RECREATED = enum.auto()
-    """The topic is not the one that was read before: another record stands at the stored position, or none."""
-    NEEDS_REBUILD = enum.auto()
-    """Kafka deleted records that were not read yet."""
-    REVOKED = enum.auto()
-
-
-RESTARTING: Final = "restarting"
-"""Stored by `outbox cache rebuild`: the partition is to be read from the first record that Kafka has."""
-
-_ALARMS: Final = {
-    State.RECREATED: (
-        "the topic was re-created: what Kafka has at the stored position is not what was applied; `outbox cache "
-        "rebuild` takes the owner's rows and reads the topic from its first record on; for an inbox alone see "
-        "docs/operations.md"
-    ),
-    State.NEEDS_REBUILD: (
-        "Kafka has deleted records that were not applied yet, so rows may be wrong for ever; `outbox cache rebuild` "
-        "takes the owner's rows and goes on with the oldest record that is there; for an inbox alone see "
-        "docs/operations.md; keep records longer"
-    ),
-}
-
-
-class Source(Protocol):
-    """What lanes need of Kafka's consumer; aiokafka's has it."""
-
-    def assignment(self) -> Iterable[TopicPartition]: ...  # noqa: D102
-    def pause(self, *partitions: TopicPartition) -> None: ...  # noqa: D102
-    def resume(self, *partitions: TopicPartition) -> None: ...  # noqa: D102
-    def seek(self, partition: TopicPartition, offset: int) -> None: ...  # noqa: D102
-    def position(self, partition: TopicPartition) -> Awaitable[int]: ...  # noqa: D102
-    def beginning_offsets(self, partitions: list[TopicPartition]) -> Awaitable[Mapping[TopicPartition, int]]: ...  # noqa: D102
-    def end_offsets(self, partitions: list[TopicPartition]) -> Awaitable[Mapping[TopicPartition, int]]: ...  # noqa: D102
-    def commit(self, offsets: Mapping[TopicPartition, int]) -> Awaitable[None]: ...  # noqa: D102
-
-
-ReadOne = Callable[[TopicPartition, int], Awaitable[Record | None]]
-"""The record at an offset, if it is still there."""
-
-
-@dataclass(slots=True)
-class Lane:
-    """One assigned partition."""
-
-    at: TopicPartition
-    state: State = State.CLAIMING
-    partition: Partition | None = None
-    task: asyncio.Task[None] | None = None
-    pauses: Iterator[float] = field(default_factory=retry.backoff)
-    batch: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a batch is applied."""
-    committed: int = -1
-    """The offset last told to Kafka."""
-    pace: Pace = field(default_factory=Pace)
 
 
 class Lanes:
@@ -137,7 +71,7 @@ class Lanes:
         self._source.pause(*partitions)
         for at in partitions:
             if (former := self._lanes.get(at)) is not None:  # assigned again without a word of its loss
-                _abandon(former)
+                abandon(former)
             lane = self._lanes[at] = Lane(at)
             lane.task = asyncio.create_task(self._claim_until_running(lane), name=f"claim of {at.topic}/{at.partition}")
 
@@ -145,7 +79,7 @@ class Lanes:
         """Begin no batch any more; wait, but not for long, for those that are open. The epoch fences what remains."""
         lanes = [lane for at in partitions if (lane := self._lanes.pop(at, None))]
         for lane in lanes:
-            _abandon(lane)
+            abandon(lane)
         try:
             async with asyncio.timeout(self._revoke_seconds):
                 for lane in lanes:
@@ -322,7 +256,7 @@ class Lanes:
         """Until a person has set the partition free, or has made it forget where it stood."""
         assert lane.partition is not None
         lane.state = state
-        log.critical("%s stands still at offset %d: %s", lane.at, lane.partition.next_offset, _ALARMS[state])
+        log.critical("%s stands still at offset %d: %s", lane.at, lane.partition.next_offset, ALARMS[state])
         while not await retry.pause(limits.HALTED_LOOK_SECONDS, self._stopping):
             try:
                 stored = await self._engine.stored_state(lane.at.topic, lane.at.partition)
@@ -415,9 +349,3 @@ def _by_partition(
             batch = batches.setdefault(at, [])
         batch.append(record)
     return batches.items()
-
-
-def _abandon(lane: Lane) -> None:
-    lane.state = State.REVOKED
-    if lane.task is not None:
-        lane.task.cancel()

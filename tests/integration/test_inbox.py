@@ -30,7 +30,10 @@ from tests.support.caching import (
     parked,
     rows,
 )
+from tests.support.consumer_process import SETTINGS, vocabulary
+from tests.support.faults import eventually
 from tests.support.inboxes import NAME, create_notes, emitted, make_inbox, notes, notes_of
+from tests.support.kafka_server import create_topic
 from tests.support.mutations import break_function, broken_statement
 
 
@@ -685,6 +688,21 @@ async def test_rotating_goes_on_after_an_error(pool: Pool, monkeypatch: pytest.M
     await messages.keep_rotating(pool, stopping)
     assert failed.is_set()
     assert await pool.fetchval("select count(*) from outbox.inbox_messages") == 0
+
+
+async def test_a_consumer_with_an_inbox_rotates(log_pool: Pool, broker: str, topic: str) -> None:
+    """Red when `Consumer` does not start `keep_rotating`."""
+    words = vocabulary(topic)
+    await create_topic(broker, topic)
+    await log_pool.execute(
+        "insert into outbox.inbox_messages select (outbox.inbox_day() + 1) % 9, 'other', gen_random_uuid()"
+    )
+
+    async def emptied() -> bool:
+        return not await log_pool.fetchval("select exists (select from outbox.inbox_messages)")
+
+    async with outbox.Consumer(log_pool, broker, words.inbox, group=topic, settings=SETTINGS):
+        await eventually(emptied, what="tomorrow's slot is empty")
 
 
 async def test_receiving_uses_the_index_of_each_slot(pool: Pool) -> None:

@@ -166,3 +166,6 @@ LAG_MAX_EVENTS: Final = 1_000_000
 POSITIONS_SHOWN: Final = 1_000
 PARKED_SHOWN: Final = 50
 PARKED_PAYLOAD_SHOWN_BYTES: Final = 65_536
+
+TESTING_MAX_EVENTS: Final = 100
+"""Of one call of `outbox.testing.converges`: with more, plans take long and shrink badly."""

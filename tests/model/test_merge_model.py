@@ -83,6 +83,12 @@ class Rule:
 _SEEN: Final[LiteralString] = (
     "outbox.page_sees(n.log_id, n.snapshot, x.outbox_log, x.outbox_transaction_id) is not true"
 )
+_UNSEEN: Final[LiteralString] = """end) is not false
+       and (c.outbox_page is null or c.outbox_page not in (select l.id from later l))
+    returning c.{key} as key"""
+_ANY: Final[LiteralString] = """end) is not false or true
+    returning c.{key} as key"""
+
 RULES: Final = (
     Rule("a full row that a page sees is part of it", "merge", "or " + _SEEN, "or true"),
     Rule(
@@ -138,22 +144,20 @@ RULES: Final = (
     Rule(
         "a row that a page does not see stays",
         "merge_page",
-        "c.outbox_log, c.outbox_transaction_id) is not false\n       and (c.outbox_page is null or c.outbox_page not in"
-        " (select l.id from later l))\n    returning c.{key} as key\n), unburied",
-        "c.outbox_log, c.outbox_transaction_id) is not null\n    returning c.{key} as key\n), unburied",
+        _UNSEEN + "\n), unburied",
+        _ANY + "\n), unburied",
     ),
     Rule(
         "a row that a page does not see is no ghost of it",
         "merge_page",
-        "c.outbox_log, c.outbox_transaction_id) is not false\n       and (c.outbox_page is null or c.outbox_page not in"
-        " (select l.id from later l))\n    returning c.{key} as key\n), buried",
-        "c.outbox_log, c.outbox_transaction_id) is not null\n    returning c.{key} as key\n), buried",
+        _UNSEEN + "\n), buried",
+        _ANY + "\n), buried",
     ),
     Rule(
         "what a page speaks for and lacks is removed",
         "merge_page",
-        "where c.{key} = s.key and c.{key} not in (select x.{key} from page_rows x)",
-        "where false",
+        "where s.key not in (select x.{key} from page_rows x)\n), removed",
+        "where false\n), removed",
     ),
     Rule(
         "of a single key that a page lacks a tombstone remembers it",

@@ -55,6 +55,8 @@ async def read(pool: Pool, tx: Transaction, agent_id: UUID, receipt: Receipt, to
     row = await agents.get(pool, agent_id)
     assert_type(row, CachedAgent | None)
     assert_type(await agents.get(tx, str(agent_id)), CachedAgent | None)
+    assert_type(await agents.get(pool, agent_id, fresh_within=5), CachedAgent | None)
+    assert_type(await agents.get_many(tx, [agent_id], fresh_within=timedelta(seconds=5)), list[CachedAgent])
     assert_type(await agents.get_many(pool, [agent_id]), list[CachedAgent])
     assert_type(await agents.wait_for(pool, agent_id, receipt, timeout=2), CachedAgent | None)
     assert_type(await agents.wait_for(pool, agent_id, token, timeout=timedelta(seconds=2)), CachedAgent | None)

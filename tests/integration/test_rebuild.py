@@ -7,8 +7,19 @@ from uuid import UUID, uuid4
 import pytest
 import pytest_asyncio
 
-from outbox import OwnerError, OwnerPage, OwnerPageInvalid, OwnerUnavailable, Pool, SqlOwner, limits, transaction
+from outbox import (
+    OwnerError,
+    OwnerPage,
+    OwnerPageInvalid,
+    OwnerUnavailable,
+    Pool,
+    SqlOwner,
+    crash_sites,
+    limits,
+    transaction,
+)
 from outbox.cache import rebuild as rebuild_module
+from outbox.cache.pages import Pages
 from outbox.cache.rebuild import Progress, Rebuild, check_order
 from outbox.errors import CacheNotFed, RebuildBusy
 from tests.integration.test_cache import Everything, with_everything
@@ -233,6 +244,70 @@ async def test_it_goes_on_after_the_last_committed_page(pool: Pool, monkeypatch:
     owner = Watched(pool, nothing)
     done = await Rebuild(pool, owned_cache(pool, owner)).run()
     assert (done.pages, done.rows, owner.pages) == (10, 95, 5)
+    assert await rows(pool) == await owned(pool)
+
+
+async def test_killed_at_any_statement_it_goes_on_and_ends_equal(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each statement of a rebuild of three pages, before and after it: nothing that follows is sent any more.
+
+    The progress of a page that was not committed does not count, that of a committed one does.
+    """
+    monkeypatch.setattr(limits, "REBUILD_LEASE_SECONDS", 0.2)
+    await agents(pool, 25)
+    cache = owned_cache(pool)
+    await make_engine(pool, cache)
+    visits = 0
+    last_visit = 0
+
+    async def kill(name: str, side: str) -> None:
+        nonlocal visits
+        visits += 1
+        if last_visit and visits >= last_visit:
+            raise Killed
+
+    monkeypatch.setattr(crash_sites, "hook", kill)
+    await Rebuild(pool, cache).run()
+    total = visits
+    assert total > 40
+    for last_visit in range(1, total, 2):
+        monkeypatch.setattr(crash_sites, "hook", None)
+        await pool.execute(f"truncate {TABLE}, outbox.rebuilds; update outbox.caches set complete_log = null")
+        await pool.execute(f"insert into {TABLE} (agent_id, agent_name, tags) values ($1, 'ghost', '{{}}')", uuid4())
+        visits = 0
+        monkeypatch.setattr(crash_sites, "hook", kill)
+        with pytest.raises(Killed):
+            await Rebuild(pool, cache).run()
+        monkeypatch.setattr(crash_sites, "hook", None)
+        done = await Rebuild(pool, cache).run()
+        assert (done.pages, done.rows, done.finished) == (3, 25, True), f"killed at visit {last_visit}"
+        assert await rows(pool) == await owned(pool)
+
+
+@pytest.mark.parametrize("page", [4, 10])
+async def test_a_lost_reply_of_a_commit_costs_nothing(pool: Pool, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
+    """In the middle it goes on behind the page; at the end it is done. Red with `done` not asked: all of it again."""
+    await agents(pool)
+    asked = 0
+
+    async def count(_: int) -> None:
+        nonlocal asked
+        asked += 1
+
+    cache = owned_cache(pool, Watched(pool, count))
+    await make_engine(pool, cache)
+    merged, merge = 0, Pages.merge
+
+    async def loses_its_reply(self: Pages, *arguments: Any, **options: Any) -> Any:
+        nonlocal merged
+        found = await merge(self, *arguments, **options)
+        merged += 1
+        if merged == page:
+            raise ConnectionResetError
+        return found
+
+    monkeypatch.setattr(Pages, "merge", loses_its_reply)
+    done = await Rebuild(pool, cache).run()
+    assert (done.pages, done.rows, done.finished, merged) == (10, 95, True, 10)
     assert await rows(pool) == await owned(pool)
 
 

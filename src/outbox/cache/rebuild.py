@@ -141,7 +141,10 @@ class Rebuild:
                     log.warning("rebuild of %s goes on after: %r", self._parker, error)
                     await asyncio.sleep(next(pauses))
                     pages = await self._prepared()
-                    await self._take()
+                    if (row := await SQL.done.fetchrow(self._pool, self._oid, self._worker)) is not None:
+                        self._progress = _progress(row, finished=True)  # only the reply of the last COMMIT was lost
+                    else:
+                        await self._take()
         return self._progress
 
     async def _prepared(self) -> Pages:

@@ -51,6 +51,11 @@ update outbox.rebuilds r
  where r.cache = $1::oid and r.worker = $2 and r.finished_at is null
 returning pages, rows, changed, removed
 
+-- name: done
+-- What this worker's rebuild came to, if it has ended. By primary key; at most one row.
+select r.pages, r.rows, r.changed, r.removed
+  from outbox.rebuilds r where r.cache = $1::oid and r.worker = $2 and r.finished_at is not null
+
 -- name: complete
 -- All pages of log $2 are in table $1. Lock: one row of caches, by primary key.
 update outbox.caches c set complete_log = $2, updated_at = clock_timestamp() where c.cache = $1::oid

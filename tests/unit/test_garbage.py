@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from outbox.consumer import garbage
+from outbox import garbage
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from pydantic import ValidationError
 
-from outbox import crash_sites, limits, retry
+from outbox import crash_sites, garbage, limits, retry
 from outbox.cache.owner import OwnerPage
 from outbox.errors import OwnerError, OwnerPageInvalid, OwnerUnavailable
 from outbox.event import key_text
@@ -140,7 +140,8 @@ class HttpOwner:
             with attempt:
                 body = await self._read(parameters)
         try:
-            return OwnerPage.model_validate_json(body)
+            with garbage.held():
+                return OwnerPage.model_validate_json(body)
         except ValidationError as error:
             (first, *_) = error.errors(include_url=False, include_input=False, include_context=False)
             field = ".".join(map(str, first["loc"])) or "body"

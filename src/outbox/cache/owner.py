@@ -30,7 +30,7 @@ from uuid import UUID
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 
-from outbox import limits, postgres
+from outbox import garbage, limits, postgres
 from outbox.cache.table import quote
 from outbox.errors import NotMigrated, OwnerError, OwnerRequestInvalid, OwnerUnavailable
 from outbox.event import key_text
@@ -279,7 +279,8 @@ class SqlOwner:
         _check(record)
         if record["rows"] is None and record["count"]:
             return record, None
-        return record, pydantic_core.from_json(record["rows"] or "[]")
+        with garbage.held():
+            return record, pydantic_core.from_json(record["rows"] or "[]")
 
     async def _statement(self, template: Statement, digested: Sequence[str]) -> Statement:
         query = await self._described()

@@ -24,7 +24,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from outbox import limits, postgres
+from outbox import garbage, limits, postgres
 from outbox.cache import memory
 from outbox.cache.merge import SQL as MERGE
 from outbox.cache.merge import Merge
@@ -115,8 +115,9 @@ class Pages:
     async def _merge_page(
         self, page: Page, bounds: tuple[str | None, ...] | None, keys: list[str] | None, moved: Moved | None
     ) -> Merged:
-        rows = self.validated(page)
-        document = self._merge.rows(rows)
+        with garbage.held():
+            rows = self.validated(page)
+            document = self._merge.rows(rows)
         oid = self._merge.table.oid
         after, through = bounds or (None, None)
         async with postgres.acquire(self._pool) as connection, postgres.transact(connection):

@@ -28,9 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from outbox import limits, postgres, retry, wire
+from outbox import garbage, limits, postgres, retry, wire
 from outbox.cache import Cache
-from outbox.consumer import garbage, retries
+from outbox.consumer import retries
 from outbox.consumer.deliver import InboxTarget
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.poison import Target as CacheTarget

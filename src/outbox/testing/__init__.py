@@ -12,10 +12,14 @@ import threading
 from collections.abc import Iterable
 from typing import Any, Final
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
-from hypothesis.errors import Flaky
 from pydantic import BaseModel
+
+try:
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+    from hypothesis.errors import Flaky
+except ImportError as error:
+    raise ImportError("outbox.testing needs Hypothesis; install it: pip install 'sagabox[testing]'") from error
 
 from outbox import limits
 from outbox.cache import Cache

@@ -14,7 +14,7 @@ from outbox.cache import merge
 from outbox.consumer import apply
 from outbox.postgres import Statements
 from outbox.testing import converges
-from outbox.testing.scratch import REMEDY
+from outbox.testing.run import REMEDY
 from tests.support.caching import (
     TABLE,
     TOPIC,

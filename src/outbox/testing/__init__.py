@@ -26,7 +26,9 @@ from outbox.cache import Cache
 from outbox.event import Event
 from outbox.postgres import Pool
 from outbox.testing.plan import Plan, plans
-from outbox.testing.scratch import Scratch, Stream, scratch
+from outbox.testing.run import play
+from outbox.testing.scratch import Scratch, scratch
+from outbox.testing.stream import Stream
 
 __all__ = ["converges"]
 
@@ -129,7 +131,7 @@ class _Search:
     def _try(self, plan: Plan) -> None:
         if self.stopping.is_set():
             raise _StoppedError
-        story = asyncio.run_coroutine_threadsafe(self._table.play(plan), self._loop).result()
+        story = asyncio.run_coroutine_threadsafe(play(self._table, plan), self._loop).result()
         if story is not None:
             self._story = story
             raise _FailedError

@@ -162,6 +162,25 @@ async def test_consumers_positions_are_listed(db: Connection) -> None:
     assert (await status.read(db)).positions == (), "a database without the consumer's tables is fine"
 
 
+async def test_partitions_that_stand_still_are_a_problem_and_come_first(db: Connection) -> None:
+    """Red without the look at `state` in `problems`."""
+    states = {0: "running", 1: "needs_rebuild", 2: "recreated", 3: "restarting"}
+    await db.executemany(
+        "insert into outbox.positions (consumer, topic, partition, next_offset, owner, state)"
+        " values ('agents', 'topic', $1, 5, 'host/1', $2)",
+        list(states.items()),
+    )
+    found = await status.read(db)
+    assert [(p.partition, p.state) for p in found.positions] == [*list(states.items())[1:], (0, "running")]
+    lost, other, free = found.problems()
+    assert lost.startswith("agents stands still in partition 1 of topic, needs_rebuild: Kafka deleted records")
+    assert "outbox cache rebuild" in lost
+    assert "the topic is another one" in other
+    assert "goes on as soon as its consumer runs" in free
+    await db.execute("update outbox.positions set state = 'running'")
+    assert (await status.read(db)).problems() == []
+
+
 async def test_reading_leaves_the_session_as_it_was(db: Connection) -> None:
     async with db.transaction():
         await emit(db)

@@ -33,8 +33,8 @@ def status(
 ) -> None:
     """Show lag, leases, parked keys and consumers' positions.
 
-    Exits 1 when something needs a person: parked keys, events to publish and no relay, a restored database, or a lag
-    above --max-lag.
+    Exits 1 when something needs a person: parked keys, events to publish and no relay, a restored database, partitions
+    that stand still, or a lag above --max-lag.
     """
     settings = settings_of(context, database_url=database_url)
     if not watch:
@@ -145,7 +145,7 @@ def _parked(found: overview.Status) -> Table:
 
 def _positions(found: overview.Status) -> Table:
     right = ("Partition", "Next offset", "Moved")
-    table = _table("Consumer", "Topic", *right, "Owner", right=right)
+    table = _table("Consumer", "Topic", *right, "State", "Owner", right=right)
     for position in found.positions:
         table.add_row(
             Text(visible(position.consumer)),
@@ -153,6 +153,7 @@ def _positions(found: overview.Status) -> Table:
             str(position.partition),
             f"{position.next_offset:,}",
             f"{age((found.at - position.updated_at).total_seconds())} ago",
+            Text(position.state.replace("_", " "), style="" if position.state == "running" else "bold red"),
             "-" if position.owner is None else Text(visible(position.owner)),
         )
     return table

@@ -53,6 +53,14 @@ class ParkedStatus:
     since: datetime
 
 
+_REMEDIES: Final = {
+    "needs_rebuild": "Kafka deleted records that were not applied: outbox cache rebuild, which sets it free",
+    "recreated": "the topic is another one than was read before: outbox cache rebuild, which sets it free",
+    "restarting": "it was set free, and goes on as soon as its consumer runs",
+}
+"""What to do about a partition that stands still, by its state."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PositionStatus:
     """Where a consumer stands in one partition."""
@@ -63,6 +71,8 @@ class PositionStatus:
     next_offset: int
     epoch: int
     owner: str | None
+    state: str
+    """running, or why it stands still; see `_REMEDIES`."""
     updated_at: datetime
 
 
@@ -106,6 +116,12 @@ class Status:
             f"{parked.parker} has parked {parked.keys} {'key' if parked.keys == 1 else 'keys'}:"
             f" see why (outbox parked list --parker {parked.parker})"
             for parked in self.parked
+        ]
+        found += [
+            f"{position.consumer} stands still in partition {position.partition} of {position.topic}, {position.state}:"
+            f" {_REMEDIES.get(position.state, 'see the log of its consumer')}"
+            for position in self.positions
+            if position.state != "running"
         ]
         return found
 

@@ -65,6 +65,6 @@ select k.parker, k.keys, k.since, coalesce(e.events, 0) as events
  order by k.parker
 
 -- name: positions
--- Where this database's consumers stand. Rows: partitions read, at most $1; by primary key.
-select p.consumer, p.topic, p.partition, p.next_offset, p.epoch, p.owner::text as owner, p.updated_at
-  from outbox.positions p order by p.consumer, p.topic, p.partition limit $1
+-- Where this database's consumers stand, partitions that stand still first. Reads outbox.positions; rows: at most $1.
+select p.consumer, p.topic, p.partition, p.next_offset, p.epoch, p.owner::text as owner, p.state, p.updated_at
+  from outbox.positions p order by p.state = 'running', p.consumer, p.topic, p.partition limit $1

@@ -38,6 +38,8 @@ from outbox.settings import Settings
 log = logging.getLogger(__name__)
 SQL: Final = postgres.Statements("outbox", "relay/watermark.sql")
 
+_STOP_SECONDS: Final = 1.0
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -166,8 +168,9 @@ class Watermarks:
             self._failing = False
 
     async def stop(self) -> None:
-        """Abandon what is on its way."""
+        """What is on its way may arrive, if it is quick: a connection that is cancelled while it is made leaks."""
         if self._sending is not None:
+            await asyncio.wait({self._sending}, timeout=_STOP_SECONDS)
             self._sending.cancel()
             await asyncio.gather(self._sending, return_exceptions=True)
         await self._producer.stop()

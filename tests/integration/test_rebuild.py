@@ -261,10 +261,11 @@ async def test_killed_at_any_statement_it_goes_on_and_ends_equal(pool: Pool, mon
 
     async def kill(name: str, side: str) -> None:
         nonlocal visits
-        visits += 1
+        visits += name != "outbox.cache.rebuild.renew"  # which comes when it likes
         if last_visit and visits >= last_visit:
             raise Killed
 
+    await Rebuild(pool, cache).run()  # the owner's query is described once
     monkeypatch.setattr(crash_sites, "hook", kill)
     await Rebuild(pool, cache).run()
     total = visits

@@ -250,7 +250,7 @@ async def test_a_batch_makes_forget_what_it_changed_and_nothing_else(
 async def test_one_notification_a_batch_and_none_without_memory(
     pool: Pool, cache: Cache[CachedAgent], engine: Engine
 ) -> None:
-    """Red where `Target._is_remembered` is always true, or where each row notifies."""
+    """Red where `Target._is_remembered` is always true, also for a spare table, or where each row notifies."""
     partition = await engine.claim(TOPIC, 0, 0)
     oid = await pool.fetchval("select $1::text::regclass::oid", TABLE)
     async with following(pool) as follower:
@@ -264,6 +264,15 @@ async def test_one_notification_a_batch_and_none_without_memory(
         kafka.put(renamed(HIGH, "d"), (2, 2))
         await feed(engine, partition, kafka.records[3:])
         assert len(await follower.all(pool)) == 1, "also where the batch is bisected"
+        await pool.execute(
+            f"create table agents_spare (like {TABLE} including all);"
+            "insert into outbox.caches (cache, name, role, consumer, topic, notifies)"
+            " select 'agents_spare', name, 'spare', consumer, topic, notifies from outbox.caches"
+        )
+        kafka.put(renamed(LOW, "into both tables"), (3, 1))
+        await feed(engine, partition, kafka.records[5:])
+        assert [said["table"] for said in await follower.all(pool)] == [oid], "nobody remembers rows of the spare one"
+        await pool.execute("drop table agents_spare")
         plain = await make_engine(pool, make_cache(), name="plain")
         await feed(plain, await plain.claim(TOPIC, 1, 0), numbered([renamed(uuid4(), "e")], window=9).records)
         assert await follower.all(pool) == []

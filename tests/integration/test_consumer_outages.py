@@ -41,8 +41,7 @@ async def test_the_database_is_away_during_a_rebalance(
 ) -> None:
     """Nothing is lost, members stay, and failures are as few as the backoff allows.
 
-    Red without the pause in `Lanes._claim_until_running` (thousands of failures), and when `Lanes.assigned` waits for
-    its claims (the member is thrown out of the group, and joins again and again).
+    Red without the pause in `Lanes._claim_until_running`: thousands of failures.
     """
     assignments: list[int] = []
     assigned = Lanes.assigned

@@ -27,7 +27,7 @@ having count(*) <> $1 or count(*) filter (where version >= $2) <> $1
 """  # noqa: S608 - a constant
 _EMPTY: Final = f"""
 drop table if exists {cached.TABLE}, {cached.TABLE}_spare, notes;
-truncate outbox.positions, outbox.applied, outbox.tombstones, outbox.parked_keys cascade
+truncate outbox.positions, outbox.applied, outbox.tombstones, outbox.parked_keys, outbox.inbox_messages cascade
 """
 
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector, held while a batch or a page is decoded.
+"""Python's garbage collector, held while a batch is unpacked and decoded, or a page.
 
 A batch of some thousand events is a hundred thousand objects that all live until it is encoded, and then die by their
 reference counts. The collector runs after each 700 new ones (its default), looks at every one of them up to three
@@ -7,8 +7,13 @@ a bounded number of records, and the objects are gone when it wakes.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -21,3 +26,37 @@ def held() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def held_in_steps(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Awaitable[T]]:
+    """The same coroutine function, without collections between any two of its awaits; with them while it waits."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return _Steps(function(*args, **kwargs))
+
+    return call
+
+
+class _Steps(Awaitable[T]):
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        coroutine = self._coroutine
+        thrown: BaseException | None = None
+        try:
+            while True:
+                try:
+                    with held():
+                        waits_for = coroutine.send(None) if thrown is None else coroutine.throw(thrown)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+                thrown = None
+                try:
+                    yield waits_for
+                except BaseException as error:  # noqa: BLE001 - a cancellation, too, is the coroutine's to answer
+                    thrown = error
+        finally:
+            coroutine.close()

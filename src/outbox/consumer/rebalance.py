@@ -20,7 +20,7 @@ from faststream import AckPolicy
 from faststream.kafka import KafkaBroker
 from faststream.kafka.message import KafkaAckableMessage
 
-from outbox import kafka, limits
+from outbox import garbage, kafka, limits
 from outbox.consumer.apply import Engine
 from outbox.consumer.lanes import Lanes
 from outbox.consumer.record import Record
@@ -104,6 +104,8 @@ class Membership:
         except BaseException:
             await self._broker.stop()
             raise
+        consumer: Any = self._subscriber.consumer
+        consumer.getmany = garbage.held_in_steps(consumer.getmany)  # FastStream's loop calls it; it makes the records
 
     async def stop(self) -> None:
         """Finish open batches, tell Kafka how far we are, leave the group."""

@@ -97,6 +97,15 @@ async def log_pool(database: str) -> AsyncIterator[Pool]:
         yield pool
 
 
+@pytest_asyncio.fixture
+async def saga_pool(database: str) -> AsyncIterator[Pool]:
+    """A pool on a new database that has the log and the sagas."""
+    async with asyncpg.create_pool(database, min_size=1, max_size=20) as pool:
+        await migrate.up(pool)
+        await migrate.up(pool, package="saga")
+        yield pool
+
+
 @pytest.fixture(scope="session")
 def _zygote() -> Iterator[Relays]:
     with relay_processes() as relays:

@@ -17,7 +17,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 from uuid import UUID
 
 from outbox import codec, limits, postgres, savepoints
@@ -150,9 +150,10 @@ class Buffer:
 class Transaction:
     """An open transaction that also emits events; made by `outbox.transaction`."""
 
-    def __init__(self, connection: Connection, buffer: Buffer) -> None:
+    def __init__(self, connection: Connection, buffer: Buffer, pool: Pool | None = None) -> None:
         """For `transaction`; services do not construct it."""
         self._connection = connection
+        self._pool = pool
         self._buffer = buffer
         self._loop = asyncio.get_running_loop()
         self._emitted = 0
@@ -165,6 +166,16 @@ class Transaction:
     def connection(self) -> Connection:
         """The connection, for anything that asyncpg can do; do not commit or roll back on it."""
         return self._connection
+
+    @property
+    def pool(self) -> Pool | None:
+        """The pool that the connection is from, for work after the transaction; None where a connection was given."""
+        return self._pool
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block is still running."""
+        return self._open
 
     def emit(self, *events: Event, headers: Mapping[str, str] | None = None) -> None:
         """Publish events if and only if this transaction commits. Call it after the write that they report.
@@ -285,7 +296,7 @@ async def transaction(db: Db) -> AsyncIterator[Transaction]:
         return
     async with postgres.acquire(db) as connection:
         buffer = Buffer()
-        unit = Transaction(connection, buffer)
+        unit = Transaction(connection, buffer, None if db is connection else cast("Pool", db))
         rows: list[Record] = []
         try:
             async with postgres.atomic(connection):

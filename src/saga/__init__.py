@@ -17,6 +17,7 @@ from saga.errors import (
     SagaDeclarationError,
     SagaError,
 )
+from saga.handle import Handle
 from saga.participant import Handler, Participant
 from saga.remote import Remote, remote
 from saga.run import Run, Signal
@@ -27,6 +28,7 @@ __all__ = [
     "Call",
     "Conflict",
     "Failed",
+    "Handle",
     "Handler",
     "NotDone",
     "NotFound",

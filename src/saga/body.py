@@ -152,7 +152,7 @@ class Body:
         Raises:
             SagaError: it is none of ours, or its input cannot be journalled.
         """
-        if not isinstance(yielded, Operation) or yielded.run is not self.run:
+        if not isinstance(yielded, Operation):
             raise BodyError(
                 f"the body awaits {yielded!r}, which is no operation of its run; do that in a step, and await that"
             )

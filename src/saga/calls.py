@@ -196,14 +196,32 @@ class Calls:
                     continue
                 by_mail = intent.kind in ("remote", "child")
                 ended = Ended(outcome="unknown", error=intent.error or reason, at=now, by_absence=by_mail)
-            self._ledger.add(_row(intent, ended), by_absence=ended.by_absence)
+            self._ledger.add(self._row(intent, ended), by_absence=ended.by_absence)
 
     def results(self) -> None:
         """Make a row of every result that nobody could find out again; for an instance whose body cannot be asked."""
         for intent in list(self._ledger.open_intents()):
             ended = self._ledger.ended.get(intent.path)
             if ended is not None and ended.is_external:
-                self._ledger.add(_row(intent, ended))
+                self._ledger.add(self._row(intent, ended))
+
+    def _row(self, intent: Intent, ended: Ended) -> TaskRow:
+        target = self._saga.find(intent.name)
+        return TaskRow(
+            seq=0,
+            path=intent.path,
+            name=intent.name,
+            kind=intent.kind,
+            outcome=ended.outcome,
+            digest=intent.digest,
+            input=intent.input,
+            output=ended.output,
+            error=ended.error,
+            attempts=max(1, intent.attempts + (ended.outcome != "unknown")),
+            max_attempts=target.retry.attempts if target is not None else 1,
+            started_at=intent.started_at,
+            completed_at=ended.at,
+        )
 
     def _keep(self, intent: Intent) -> None:
         self._ledger.intents[intent.path] = intent
@@ -317,23 +335,6 @@ def _child(parent: UUID, slot: Slot, operation: DoChild, intent: Intent, now: da
         started_at=now,
         deadline_at=now + timedelta(seconds=child.deadline_seconds),
         parent_path=slot.path,
-    )
-
-
-def _row(intent: Intent, ended: Ended) -> TaskRow:
-    return TaskRow(
-        seq=0,
-        path=intent.path,
-        name=intent.name,
-        kind=intent.kind,
-        outcome=ended.outcome,
-        digest=intent.digest,
-        input=intent.input,
-        output=ended.output,
-        error=ended.error,
-        attempts=max(1, intent.attempts + (ended.outcome != "unknown")),
-        started_at=intent.started_at,
-        completed_at=ended.at,
     )
 
 

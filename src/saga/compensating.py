@@ -149,9 +149,7 @@ class Compensating:
         if isinstance(fact, Asked):
             self._asked.add((row.path, row.round))
         elif isinstance(fact, Completed):
-            done = self._change(row, status="completed", attempts=row.attempts + 1, error=None, executed_at=now)
-            if len(self._ledger.late_of(row.path)) > row.late_seen:
-                self._reopen(done)
+            self._change(row, status="completed", attempts=row.attempts + 1, error=None, executed_at=now)
         else:
             self._failed(row, _error_of(fact), now)
 

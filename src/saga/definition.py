@@ -6,18 +6,21 @@ async def place_order(run: Run, order: PlaceOrder) -> Receipt: ...
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Generic, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, cast
 from uuid import UUID, uuid5
 
 from typing_extensions import TypeVar
 
-from outbox import Duration
+from outbox import Db, Duration
 from saga.codec import Value, hints_of, name_of
 from saga.context import positive
 from saga.errors import BodyError, SagaDeclarationError
 from saga.remote import reply_topic
 from saga.run import Run
 from saga.step import Target, check_async, check_name
+
+if TYPE_CHECKING:
+    from saga.handle import Handle
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -43,6 +46,32 @@ class Saga(Generic[A, R]):
         self.request: Final[Value[A]] = Value(request, f"request of {name}")
         self.result: Final[Value[R]] = Value(result, f"result of {name}")
         self._targets: dict[str, Target] = {}
+
+    async def start(self, db: Db, request: A, *, key: str | None = None) -> "Handle[R]":
+        """Start an instance, or find the one that was started under this key with this request.
+
+        The body is run to its first call here, so a saga that would fail at once fails in the caller's hands.
+
+        Args:
+            db: a pool; or a connection or `Transaction`, where the start commits with what is open there.
+            request: what the body gets.
+            key: unique among the instances of this name; a new one where it is not given.
+
+        Raises:
+            Conflict: the key was used with another request.
+            Rejected: the body rejects this request at once.
+            BodyError: the body has a bug that shows at once.
+            PayloadError: the request cannot be journalled.
+        """
+        from saga.handle import start
+
+        return await start(self, db, request, key)
+
+    def handle(self, db: Db, key: str) -> "Handle[R]":
+        """The instance that was started under a key; nothing is asked yet."""
+        from saga.handle import Handle
+
+        return Handle(self, db, key)
 
     def learn(self, target: Target) -> None:
         """Remember what a name stands for in this saga's journals.

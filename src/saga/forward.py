@@ -182,6 +182,7 @@ class Forward:
             output=ended.output,
             error=ended.error,
             attempts=max(1, intent.attempts + (ended.outcome != "unknown")) if intent else 1,
+            max_attempts=slot.target.retry.attempts if slot.call is not None else 1,
             started_at=intent.started_at if intent else None,
         )
 

@@ -28,3 +28,7 @@ SUSPEND_SECONDS: Final = 1.0
 """A longer backoff is written down, and the worker forgets the instance meanwhile."""
 PROBE_ATTEMPTS: Final = 5
 """How often an outcome is asked for before it is taken for unknown."""
+
+# Waiting for a result.
+RESULT_POLL_MIN_SECONDS: Final = 0.01
+RESULT_POLL_MAX_SECONDS: Final = 0.5

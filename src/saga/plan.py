@@ -71,10 +71,18 @@ def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> l
                 name=row.name,
                 kind=row.kind,
                 required=Retried(target).required,
+                action=_action(row, target),
+                data=row.output,
                 not_before=now + timedelta(seconds=target.settle_seconds) if waits and target is not None else None,
             )
         )
     return plan
+
+
+def _action(row: TaskRow, target: Target | None) -> str:
+    if target is not None and target.undo is not None:
+        return getattr(target.undo.function, "__name__", row.name)
+    return f"{row.name}.undo" if row.kind == "remote" else f"undo saga {row.name}"
 
 
 def in_order_of_calls(rows: Sequence[TaskRow]) -> list[TaskRow]:

@@ -46,8 +46,6 @@ class Signal(BaseModel):
 class Operation:
     """What a body waits for; yielded by `Run`, answered by the engine."""
 
-    run: "Run"
-
 
 @dataclass(frozen=True, slots=True)
 class DoStep(Operation):
@@ -135,7 +133,7 @@ class Run:
             Rejected: the step rejected, on every attempt: nothing happened. It may be caught.
         """
         self._check(call)
-        return await _Answer[R](DoStep(self, call))
+        return await _Answer[R](DoStep(call))
 
     @overload
     async def parallel(self, a: Call[T1], b: Call[T2], /) -> tuple[T1, T2]: ...
@@ -157,7 +155,7 @@ class Run:
             raise BodyError(f"parallel: {len(calls)} calls; pass at most {limits.PARALLEL_MAX_BRANCHES} at a time")
         if not calls:
             return ()
-        return await _Answer[tuple[Any, ...]](DoParallel(self, calls))
+        return await _Answer[tuple[Any, ...]](DoParallel(calls))
 
     async def receive(self, signal: type[S], *, timeout: Duration) -> S | None:
         """The next signal of this class that was sent to the saga, before or from now on; None after the time."""
@@ -165,12 +163,12 @@ class Run:
         if not (isinstance(given, type) and issubclass(given, Signal)) or given is Signal:
             raise BodyError(f"receive: {signal!r} is no Signal; pass a subclass of Signal")
         self._require_driven("receive")
-        return await _Answer[S | None](DoReceive(self, signal, _time("receive", timeout)))
+        return await _Answer[S | None](DoReceive(signal, _time("receive", timeout)))
 
     async def sleep(self, duration: Duration) -> None:
         """Let time pass, however long; no worker is kept busy by it."""
         self._require_driven("sleep")
-        return await _Answer[None](DoSleep(self, _time("sleep", duration)))
+        return await _Answer[None](DoSleep(_time("sleep", duration)))
 
     async def lock(self, key: str) -> None:
         """Wait for a lock that sagas share by its key, and hold it until this saga ends, compensations included."""
@@ -178,7 +176,7 @@ class Run:
         if not isinstance(given, str) or not 1 <= len(key.encode()) <= limits.KEY_MAX_BYTES:
             raise BodyError(f"lock: {key!r} is no key; pass a text of 1 to {limits.KEY_MAX_BYTES} bytes")
         self._require_driven("lock")
-        return await _Answer[None](DoLock(self, key))
+        return await _Answer[None](DoLock(key))
 
     async def child(self, saga: "Saga[A, R]", request: A) -> R:
         """Start another saga, and return its result.
@@ -187,12 +185,12 @@ class Run:
             Rejected: the child failed or was cancelled, and what it had done was undone. It may be caught.
         """
         self._require_driven("child")
-        return await _Answer[R](DoChild(self, saga, request))
+        return await _Answer[R](DoChild(saga, request))
 
     async def pivot(self) -> None:
         """Go forward only from here: nothing that happened before is undone any more, not even on a cancel."""
         self._require_driven("pivot")
-        return await _Answer[None](DoPivot(self))
+        return await _Answer[None](DoPivot())
 
     def now(self) -> datetime:
         """The time of the last thing that the journal knows: the same again when the body is run again."""

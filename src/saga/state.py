@@ -53,6 +53,7 @@ class TaskRow:
     output: str | None = None
     error: str | None = None
     attempts: int = 1
+    max_attempts: int = 1
     started_at: datetime | None = None
     completed_at: datetime
     is_next: bool = False
@@ -163,6 +164,10 @@ class PlanRow:
     """Late results of the step when this compensation began; one more means that it has to act again."""
     error: str | None = None
     executed_at: datetime | None = None
+    action: str = ""
+    """What undoes it, for people."""
+    data: str | None = None
+    """The result that is undone, for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 
 from saga import Saga
 from saga.outcome import context_of, perform
+from saga.starting import First, first_call
 from saga.state import Completed, Fact, Refused, Uncertain, Work, step_key
 from saga.testing.faults import Choices, Turn
 from saga.testing.machine import EPOCH, Machine, Message
@@ -31,7 +32,9 @@ class Service:
 class Scene:
     """One instance of a saga in a machine of its own."""
 
-    def __init__(self, saga: Saga[Any, Any], request: Any, turns: dict[str, Turn] | None = None) -> None:
+    def __init__(
+        self, saga: Saga[Any, Any], request: Any, turns: dict[str, Turn] | None = None, *, started: bool = False
+    ) -> None:
         self.saga = saga
         self.service = Service()
         self.choices = Choices(turns or {})
@@ -40,7 +43,9 @@ class Scene:
         self.machine = Machine(self._perform, self._handle, self.choices)
         self.machine.serve([saga])
         self.id = uuid4()
-        self.machine.journal.start(saga, self.id, saga.request.encode(request), EPOCH)
+        first = first_call(saga, self.id, saga.request.encode(request), EPOCH) if started else First()
+        text = saga.request.encode(request)
+        self.machine.journal.start(saga, self.id, text, EPOCH, intents=first.intents, outbox=first.outbox)
         self.deps: Any = None
 
     async def run(self) -> Row:

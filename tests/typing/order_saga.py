@@ -6,9 +6,11 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from outbox import Transaction
+import outbox
+from outbox import Connection, Pool, Transaction
 from saga import (
     Call,
+    Handle,
     Handler,
     NotDone,
     Participant,
@@ -161,7 +163,27 @@ async def undo_reserve(tx: Transaction, _done: Reserved, command: ReserveStock) 
 assert_type(do_reserve, Handler[Transaction, ReserveStock, Reserved])
 
 
+async def checkout(pool: Pool, connection: Connection, order: PlaceOrder) -> Handle[Receipt]:
+    async with outbox.transaction(pool) as tx:
+        handle = await place_order.start(tx, order, key=f"order-{order.order_id}")
+    assert_type(await handle.result(timeout=30), Receipt)
+    assert_type(await place_order.start(connection, order), Handle[Receipt])
+    assert_type(handle.id, UUID)
+    await place_order.handle(pool, "order-1").signal(Approval(approved=True), dedupe_key="once")
+    await handle.cancel("changed my mind")
+    return handle
+
+
 # ------------------------------------------------------------------------------------------------ misuse
+
+
+async def misuse_of_a_handle(pool: Pool, order: PlaceOrder) -> None:
+    await place_order.start(pool, "x")  # type: ignore[arg-type]
+    await place_order.start(order)  # type: ignore[arg-type, call-arg] # every call takes the database first
+    handle = place_order.handle(pool, "order-1")
+    await handle.result()  # type: ignore[call-arg] # for how long?
+    await handle.signal(order)  # type: ignore[arg-type] # signals are Signals
+    await handle.cancel()  # type: ignore[call-arg] # why?
 
 
 @saga("misuse", deadline=60)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from saga import Rejected, Retry, Run, Signal, StepContext, Unknown, remote, saga, step
+from saga import NotDone, Rejected, Retry, Run, Signal, StepContext, Unknown, remote, saga, step
+from saga.state import Late
 from saga.testing.faults import Turn
 from tests.support.saga_lab import EPOCH, Scene, rejected, uncertain
 
@@ -215,10 +216,18 @@ async def test_at_most_once_is_not_tried_again_after_a_crash() -> None:
 
 
 async def test_a_first_intent_that_nobody_acted_upon_is_not_unknown() -> None:
-    """The first intent of a start counts only once somebody had the instance."""
-    scene = Scene(two, Order(), {"write running (1)": "cancel"})
+    """The first intent of a start counts only once somebody had the instance. Red without `Calls._untouched`."""
+    scene = Scene(two, Order(), started=True)
+    scene.machine.journal.cancel(scene.id, "at once")
     row = await scene.run()
     assert (row.state, scene.journal, scene.service.calls) == ("cancelled", [], [])
+
+
+async def test_a_start_that_drove_the_body_saves_a_checkpoint() -> None:
+    scene = Scene(two, Order(), started=True)
+    row = await scene.run()
+    assert (row.state, row.no) == ("completed", 3)
+    assert row.tasks[0].attempts == 1
 
 
 # ------------------------------------------------------------------------------------------------ bodies
@@ -474,13 +483,19 @@ async def test_one_branch_is_rejected_while_another_is_in_flight() -> None:
     assert scene.left() == ["look_up#1", "parallel#1[2]/look_up#1"]
 
 
+@saga("doomed", deadline=3600)
+async def doomed(run: Run, order: Order) -> None:
+    await run.parallel(once(order), ship(order))
+
+
 async def test_one_branch_is_unknown_while_another_is_in_flight() -> None:
-    """H30. Red where the plan is made before the branches in flight have ended."""
-    scene = Scene(both, Order())
-    scene.ends("parallel#1[0]/charge#1", *[uncertain("parallel#1[0]/charge#1")] * 5)
+    """H30. Red where `_wait` goes back without waiting for what is in flight."""
+    scene = Scene(doomed, Order())
+    scene.ends("parallel#1[0]/once#1", uncertain("parallel#1[0]/once#1"))
     row = await scene.run()
     assert row.state == "failed"
-    assert scene.plan == [("parallel#1[1]/ship#1", "completed"), ("parallel#1[0]/charge#1", "completed")]
+    assert scene.journal == [("parallel#1[0]/once#1", "unknown"), ("parallel#1[1]/ship#1", "completed")]
+    assert scene.plan == [("parallel#1[1]/ship#1", "completed"), ("parallel#1[0]/once#1", "completed")]
 
 
 async def test_branches_are_undone_in_the_reverse_order_of_their_calls() -> None:
@@ -565,13 +580,51 @@ async def test_a_step_whose_code_is_gone_waits_for_a_person() -> None:
 # ------------------------------------------------------------------------------------------------ late results
 
 
+@step(retry=Retry(1), timeout=1, settle=0)
+async def hasty(ctx: StepContext[Any], order: Order) -> str:
+    return "hasty"
+
+
+@hasty.compensation
+async def undo_hasty(ctx: StepContext[Any], done: str | Unknown, order: Order) -> None:
+    undone.append(("hasty", done))
+    if during and isinstance(done, Unknown):
+        during.pop()()
+
+
+during: list[Any] = []
+
+
+@saga("hasty_saga", deadline=3600)
+async def hasty_saga(run: Run, order: Order) -> str:
+    return await run(hasty(order))
+
+
 async def test_a_late_result_opens_its_compensation_again_even_after_the_end() -> None:
     """H46, H19. Red where `Compensating.read` does not look at late results."""
-    scene = Scene(at_most, Order(), {"step once#1 (1)": "lands late"})
-    scene.machine.at(EPOCH + timedelta(seconds=5.5), lambda: scene.machine.journal.cancel(scene.id, "cancel"))
+    scene = Scene(hasty_saga, Order(), {"step hasty#1 (1)": "lands late"})
     row = await scene.run()
     assert row.state == "failed"
-    assert undone[-1] == ("once", "once"), "what was not known is undone with its result"
+    assert [type(done) for _, done in undone] == [Unknown, str], "what was not known is undone with its result"
+    assert scene.plan == [("hasty#1", "completed"), ("hasty#1", "completed")]
+    assert scene.left() == []
+
+
+async def test_a_late_result_while_its_compensation_is_under_way_opens_it_again() -> None:
+    """H19. Red where a compensation does not remember how many late results there were when it began."""
+    scene = Scene(hasty_saga, Order())
+    scene.ends("hasty#1", uncertain("hasty#1"))
+    during.append(lambda: scene.machine.journal.record_late(scene.id, Late(path="hasty#1", output='"hasty"')))
+    row = await scene.run()
+    assert row.state == "failed"
+    assert [type(done) for _, done in undone] == [Unknown, str]
+
+
+async def test_a_late_result_that_is_known_before_its_compensation_begins_is_undone_once() -> None:
+    scene = Scene(at_most, Order(), {"step once#1 (1)": "lands late"})
+    row = await scene.run()
+    assert row.state == "failed"
+    assert undone == [("once", "once")]
     assert scene.left() == []
 
 
@@ -655,9 +708,10 @@ def probed(answer: object) -> Any:
 
     @pay.probe
     async def find(ctx: StepContext[Any], order: Order) -> Any:
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        now = answer.pop(0) if isinstance(answer, list) else answer
+        if isinstance(now, Exception):
+            raise now
+        return now
 
     @saga("probing", deadline=3600)
     async def probing(run: Run, order: Order) -> str:
@@ -682,15 +736,22 @@ async def test_a_probe_turns_an_unknown_outcome_into_a_result_once_it_has_settle
 
 
 async def test_a_probe_that_finds_nothing_is_a_clean_rejection() -> None:
-    from saga import NotDone
-
     scene = Scene(probed(NotDone()), Order())
     scene.ends("pay#1", uncertain("pay#1"), uncertain("pay#1"))
     row = await scene.run()
     assert (row.state, row.output) == ("completed", '"not paid"')
 
 
-async def test_a_probe_that_fails_leaves_it_unknown() -> None:
+async def test_a_probe_that_fails_is_asked_again() -> None:
+    """Red where one failure of the probe is enough."""
+    answers: list[Any] = [OSError("down"), OSError("down"), "found"]
+    scene = Scene(probed(answers), Order())
+    scene.ends("pay#1", uncertain("pay#1"), uncertain("pay#1"))
+    row = await scene.run()
+    assert (row.state, row.output, answers) == ("completed", '"found"', [])
+
+
+async def test_a_probe_that_keeps_failing_leaves_it_unknown() -> None:
     scene = Scene(probed(OSError("down")), Order())
     scene.ends("pay#1", uncertain("pay#1"), uncertain("pay#1"))
     row = await scene.run()

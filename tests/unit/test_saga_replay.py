@@ -1,6 +1,7 @@
 """A body that is run again over its journal: it comes by the same way, or its instance pauses and nothing happens."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -236,6 +237,7 @@ async def test_a_body_that_awaits_something_foreign_pauses(body: Body) -> None:
     scene = Scene(declared(body), Order())
     row = await scene.run()
     assert row.state == "paused"
+    assert re.search("no operation of its run|no running event loop", row.paused_reason or ""), row.paused_reason
     assert scene.journal == [("a#1", "completed")]
     assert scene.service.calls == ["step a#1"]
 
@@ -288,7 +290,7 @@ async def more_stubborn(run: Run, order: Order) -> int:
 
 @pytest.mark.parametrize("body", [stubborn, more_stubborn])
 async def test_a_closed_body_executes_nothing(body: Body) -> None:
-    """H49. Red where `Body.close` does not tell the run, or gives up after one try."""
+    """H49. Red where `Run._require_driven` lets a call pass, or `Body.close` gives up after one try."""
     scene = Scene(declared(body), Order())
     moment = EPOCH + timedelta(seconds=5)
     scene.machine.at(moment, lambda: scene.machine.journal.cancel(scene.id, "stop"))

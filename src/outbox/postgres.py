@@ -182,6 +182,17 @@ async def acquire(db: "Pool | Connection") -> AsyncIterator["Connection"]:
             raise
 
 
+async def connect_like(pool: "Pool") -> "Connection":
+    """A connection with a pool's own parameters that is not part of it, in the running event loop.
+
+    For a thread with an event loop of its own: a pool belongs to the loop that made it.
+    """
+    inside: Any = pool
+    arguments, options = inside._connect_args, inside._connect_kwargs  # noqa: SLF001 - asyncpg tells them in no other way
+    connection: Connection = await asyncpg.connect(*arguments, **{"timeout": limits.CONNECT_TIMEOUT_SECONDS, **options})
+    return connection
+
+
 def drop(connection: "Connection") -> None:
     """Close a connection without a word to the server; one that its pool has taken back already is no error."""
     with contextlib.suppress(asyncpg.InterfaceError):

@@ -16,12 +16,15 @@ from saga.errors import (
     ResultTimeout,
     SagaDeclarationError,
     SagaError,
+    WorkerError,
 )
 from saga.handle import Handle
 from saga.participant import Handler, Participant
 from saga.remote import Remote, remote
 from saga.run import Run, Signal
+from saga.settings import Settings
 from saga.step import Call, Step, step
+from saga.worker import Worker
 
 __all__ = [
     "BodyError",
@@ -43,10 +46,13 @@ __all__ = [
     "Saga",
     "SagaDeclarationError",
     "SagaError",
+    "Settings",
     "Signal",
     "Step",
     "StepContext",
     "Unknown",
+    "Worker",
+    "WorkerError",
     "remote",
     "saga",
     "step",

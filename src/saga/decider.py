@@ -240,7 +240,7 @@ class Execution:
                 continue
             if (known := self._ledger.ended.get(mail.name)) is not None and not known.by_absence:
                 continue
-            payload = json.loads(mail.payload)
+            payload = json.loads(mail.payload) or {}  # of a lock, null
             at = max(mail.at, self._claimed.started_at)
             outcome: Outcome = "completed" if mail.kind == "lock" else payload["outcome"]
             self._ledger.ended[mail.name] = Ended(

@@ -88,3 +88,19 @@ class Failed(SagaError):
         super().__init__(f"the saga {state}: {reason}" if state == "failed" else f"the saga was {state}: {reason}")
         self.state: Final = state
         self.reason: Final = reason
+
+
+class WorkerError(SagaError, ValueError):
+    """A worker cannot be made like this.
+
+    Attributes:
+        field: which argument.
+        problem: why it will not do.
+        remedy: what to change.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field: Final = field
+        self.problem: Final = problem
+        self.remedy: Final = remedy

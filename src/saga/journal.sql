@@ -59,6 +59,8 @@ with x as (
      where not ok.news
     on conflict (workflow_name, key) do nothing
     returning id
+), called as (
+    select count(saga.call_worker()) from (select from children limit 1) c
 ), requests as (
     insert into saga.tasks (id, instance_id, seq, path, step_id, step_type, output, completed_at)
     select k.id, k.id, 0, '', 'request', 'request', k.request, k.started_at
@@ -102,7 +104,7 @@ select x.id, case when own.id is null then 'locked'
                   when ok.id is null then 'changed'
                   when ok.news then 'news' else 'applied' end as answer,
        own.w as wakeups, own.cancel, own.n = x.no + 1 as again
-  from x left join own using (id) left join ok using (id) cross join woken
+  from x left join own using (id) left join ok using (id) cross join woken cross join called
 
 -- name: start
 -- Instances with what their bodies ask for first. Locks: the unique keys inserted, in order; waits for a concurrent start

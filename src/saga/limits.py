@@ -32,3 +32,44 @@ PROBE_ATTEMPTS: Final = 5
 # Waiting for a result.
 RESULT_POLL_MIN_SECONDS: Final = 0.01
 RESULT_POLL_MAX_SECONDS: Final = 0.5
+
+# Workers.
+INSTANCES_IN_FLIGHT: Final = 2_000
+CLAIM_MAX_INSTANCES: Final = 200
+"""Claimed in one statement: a worker that starts among thousands of ready instances takes them in turns."""
+TAKE_OVER_MAX_INSTANCES: Final = 1_000
+"""Taken from dead workers in one statement; the next one follows when these are claimed or after a moment."""
+TAKE_OVER_EVERY_SECONDS: Final = 0.5
+SWEEP_EVERY_SECONDS: Final = 30.0
+"""Between two looks for what a crash left undone of instances that have ended."""
+SWEEP_MAX_INSTANCES: Final = 500
+TIMERS_MAX_INSTANCES: Final = 1_000
+IDLE_POLL_SECONDS: Final = 0.25
+"""Between two looks of an idle worker while another one is the one that is notified."""
+HAND_OVER_SECONDS: Final = 0.5
+CUT_OFF_SECONDS: Final = 0.2
+"""For calls that are cut off to come to an end."""
+ALONE_CRASH_COUNT: Final = 2
+"""An instance that was lost so often without progress runs while nothing else does: it may be what kills the worker."""
+ALONE_WAIT_SECONDS: Final = 30.0
+"""How long it waits for others to end first, and others for it."""
+TIMER_MIN_SECONDS: Final = 0.005
+"""Between two looks at timers: those that go off close to each other are found together."""
+LOOP_STALL_SECONDS: Final = 1.0
+"""An event loop that stands still for longer is complained of, with the line that it is at."""
+LOOP_STALL_MAX_SECONDS: Final = 60.0
+"""After that the worker counts as dead, although its process lives."""
+
+# Group commit.
+GROUP_MAX_INSTANCES: Final = 500
+GROUP_MAX_BYTES: Final = 4_194_304
+LOCKED_WAIT_SECONDS: Final = 1.0
+"""How long a checkpoint waits for the row of its instance at a time, while somebody else has it locked."""
+LOCKED_AT_ONCE: Final = 2
+"""Such checkpoints that wait at a time, each on a connection of its own."""
+
+# Transactional steps.
+TRANSACTIONS_AT_ONCE: Final = 8
+"""Transactional steps of one worker at a time, each on a connection of its own."""
+TRANSACTIONAL_ATTEMPTS: Final = 20
+"""Of a transactional step whose transaction was rolled back by a conflict or a lost connection, before it pauses."""

@@ -12,6 +12,7 @@ itself is passed on: it is the worker that stops, and the intent in the journal 
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from saga import limits
@@ -21,12 +22,15 @@ from saga.state import Completed, Fact, NotHappened, Refused, Uncertain, Unwrita
 from saga.step import Target
 
 
-async def perform(work: Work, context: object) -> Fact:
+async def perform(
+    work: Work, context: object, *, passing_on: Callable[[BaseException], bool] = lambda _error: False
+) -> Fact:
     """Perform one attempt of a step, a probe or a compensation.
 
     Args:
         work: of a kind that calls a function: not `lock`, nor `undo_child`.
         context: the function's first argument: a `StepContext` (see `context_of`), or the open `Transaction`.
+        passing_on: errors of which it says yes are raised as they are.
     """
     target = cast("Target", work.target)
     try:
@@ -35,9 +39,11 @@ async def perform(work: Work, context: object) -> Fact:
         if work.kind == "probe":
             return await _probe(work, target, context)
         return await _do(work, target, context)
-    except TimeoutError as error:
-        return Uncertain(path=work.path, error=brief(error) or f"timed out after {work.timeout_seconds:g} s")
-    except Exception as error:  # noqa: BLE001 - a step is the user's code; whatever it raises is this attempt's end
+    except Exception as error:
+        if passing_on(error):
+            raise
+        if isinstance(error, TimeoutError) and not str(error):
+            return Uncertain(path=work.path, error=f"timed out after {work.timeout_seconds:g} s")
         return Uncertain(path=work.path, error=brief(error))
 
 

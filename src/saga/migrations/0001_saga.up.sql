@@ -211,6 +211,16 @@ create table saga.workers (
 comment on table saga.workers is 'One row a process; a worker past alive_until never comes back to life, it starts again under another id';
 
 -- ---------------------------------------------------------------------------------------------------------------
+-- Calling. Whoever makes an instance ready calls; the worker's half is in wakeup.sql, with the same lock.
+create function saga.call_worker() returns void language plpgsql volatile as $$
+begin
+    if not pg_try_advisory_xact_lock_shared(1936287842, 0) then
+        perform pg_notify('saga_ready', '');
+    end if;
+end $$;
+comment on function saga.call_worker is 'Notifies workers, but only if one is idle: it has the lock then';
+
+-- ---------------------------------------------------------------------------------------------------------------
 -- Starting.
 create function saga.start(
     p_id uuid[], p_workflow_id uuid[], p_name text[], p_version integer[], p_key text[], p_digest bytea[],
@@ -241,6 +251,9 @@ begin
         on conflict (workflow_name, key) do nothing
         returning i.id)
     select coalesce(array_agg(i.id), '{}') into mine from inserted i;
+    if p_owner is null and mine <> '{}' then
+        perform saga.call_worker();
+    end if;
     insert into saga.tasks (id, instance_id, seq, path, step_id, step_type, output, completed_at)
     select x.id, x.id, 0, '', 'request', 'request', x.request::json, x.started_at
       from unnest(p_id, p_request, p_started_at) as x(id, request, started_at) where x.id = any (mine);
@@ -355,7 +368,7 @@ create function saga.hand_over(p_owner uuid) returns integer language sql volati
         update saga.workflow_instances i
            set lease_owner = null, lease_epoch = i.lease_epoch + 1, crash_count = 0, ready_at = clock_timestamp()
          where i.lease_owner = p_owner returning 1)
-    select count(*)::integer from u
+    select n from (select count(*)::integer as n from u) u cross join saga.call_worker()
 $$;
 comment on function saga.hand_over is 'A worker that stops gives all of its instances back; what it still writes is fenced off';
 
@@ -372,14 +385,21 @@ comment on function saga.let_timers_go_off is 'Makes instances ready whose time 
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Waking. The row lock orders each with the instance's checkpoints; nothing is decided by looking at another table.
-create function saga.wake(p_id uuid) returns void language sql volatile as $$
+create function saga.wake(p_id uuid) returns void language plpgsql volatile as $$
+declare
+    is_ready boolean;
+begin
     update saga.workflow_instances i
        set wakeups = i.wakeups + 1,
            ready_at = case when i.lease_owner is null and i.state in ('waiting', 'compensating')
                            then coalesce(i.ready_at, clock_timestamp()) else i.ready_at end,
            wake_at = case when i.lease_owner is null and i.state in ('waiting', 'compensating') then null else i.wake_at end
      where i.id = p_id
-$$;
+    returning i.ready_at is not null into is_ready;
+    if is_ready then
+        perform saga.call_worker();
+    end if;
+end $$;
 comment on function saga.wake is 'Counts a wake-up; an instance that waits is ready from now on';
 
 create function saga.tell(

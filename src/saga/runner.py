@@ -1,0 +1,288 @@
+"""One claimed instance: `Execution` decides, this carries it out.
+
+    claimed -> begin -> [ start work | write a checkpoint | look at the mail | wait for what is under way ] -> released
+
+A crash at any line loses nothing that was decided, because nothing decided has an effect before its checkpoint is
+answered: an external call begins only after the checkpoint that holds its intent, and only while the worker's lease is
+held by its own clock. After a crash the next claim finds the intents, and decides what they mean.
+
+*Leaving.* Once the worker stops, or its lease is past, nothing new begins: calls under way may end, their results are
+written as long as nobody else has the instance, and it is let go.
+
+*Fenced.* Another worker has it: what is under way still ends, and each result is kept as a late one, which opens its
+compensation again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from outbox import clock, crash_sites, postgres, retry
+from outbox.postgres import Pool
+from saga import journal, limits, transactional, writer
+from saga.decider import Execution
+from saga.definition import Saga
+from saga.lease import Heartbeat, LeaseLostError
+from saga.outcome import context_of, perform
+from saga.state import Asked, Checkpoint, Claimed, Completed, Decision, Fact, Granted, Late, Uncertain, Work
+from saga.transactional import Prepared
+from saga.writer import ValueRefusedError, Writer
+
+log = logging.getLogger(__name__)
+SQL: Final = postgres.Statements("saga", "runner.sql")
+T = TypeVar("T")
+
+CALL: Final = crash_sites.register("saga.runner.call")
+"""Every call of a step, a probe or a compensation outside a transaction: before it begins, after it has ended."""
+_CALLS: Final = frozenset({"step", "probe", "undo"})
+
+
+def now() -> datetime:
+    """The wall clock: it is journalled, and a body sees it."""
+    return datetime.fromtimestamp(clock.wall(), UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Aborted(Fact):
+    """The work was never begun, because the worker is leaving; the decider is not told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Broken(Fact):
+    """Not the user's code but ours raised."""
+
+    error: Exception
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What all instances of one worker share."""
+
+    pool: Pool
+    writer: Writer
+    deps: object
+    stopping: asyncio.Event
+    transactions: asyncio.Semaphore
+    timer_set: Callable[[float], None]
+    """Called with the seconds until a timer that was written goes off."""
+
+
+class Runner:
+    """Drives one instance to its release."""
+
+    def __init__(self, around: Surroundings, heartbeat: Heartbeat, saga: Saga[Any, Any], claimed: Claimed) -> None:
+        """For one that was claimed under `heartbeat`'s id."""
+        self._around = around
+        self._heartbeat = heartbeat
+        self._id: Final = claimed.id
+        self._name: Final = saga.name
+        self._execution = Execution(saga, claimed)
+        self._flights: dict[str, asyncio.Task[None]] = {}
+        self._landed: asyncio.Queue[Fact | Prepared] = asyncio.Queue()
+        self._inline: Work | None = None
+        """The only work under way, performed where the instance is driven: it needs no task of its own."""
+        self._conflicts: dict[str, int] = {}
+        """How often the transaction of a path was rolled back by PostgreSQL."""
+        self._pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+
+    # -------------------------------------------------------------------------------------------- life
+
+    @property
+    def _leaving(self) -> bool:
+        return self._around.stopping.is_set() or not self._heartbeat.is_held
+
+    async def run(self) -> None:
+        """Until the instance is released, or let go because the worker leaves.
+
+        A bug of ours, in the decider or here, gives the instance back as a crash would: it is tried again by whoever
+        claims it next, and paused when that does not help.
+        """
+        try:
+            await self._drive()
+        except ValueRefusedError as refusal:
+            log.error("%s %s is paused: the journal refuses a value: %s", self._name, self._id, refusal)  # noqa: TRY400
+        except Exception as error:
+            log.exception("%s %s cannot go on; it is given back", self._name, self._id)
+            await self._give_back(error)
+        finally:
+            for task in self._flights.values():
+                task.cancel()
+            if self._flights:
+                await asyncio.wait(self._flights.values(), timeout=limits.CUT_OFF_SECONDS)
+
+    async def _drive(self) -> None:
+        decision = self._execution.begin(now())
+        while not decision.released:
+            self._start(decision)
+            if decision.checkpoint is not None:
+                decision = await self._write(decision.checkpoint)
+            elif decision.look:
+                decision = await self._look()
+            elif self._inline is not None or self._flights or not self._landed.empty():
+                decision = await self._next()
+            else:
+                return  # leaving: nothing is under way, and nothing was begun
+        await self._released(decision)
+
+    # -------------------------------------------------------------------------------------------- the journal
+
+    async def _write(self, checkpoint: Checkpoint) -> Decision:
+        try:
+            answer = await self._around.writer.submit(checkpoint)
+        except ValueRefusedError as refusal:
+            reason = str(refusal)
+            await self._patiently(lambda: writer.pause(self._around.pool, checkpoint, reason))
+            raise
+        self._take_landed()
+        if answer.kind == "applied" and checkpoint.wake_at is not None:
+            self._around.timer_set((checkpoint.wake_at - now()).total_seconds())
+        return self._execution.answered(answer, now())
+
+    async def _look(self) -> Decision:
+        mailbox = await self._patiently(lambda: journal.look(self._around.pool, self._id))
+        self._take_landed()
+        return self._execution.mail(mailbox, now())
+
+    async def _released(self, decision: Decision) -> None:
+        """What is left to do once the instance is not ours any more; a sweep repeats the chores after a crash."""
+        pool, epoch = self._around.pool, self._execution.epoch
+        if "release_locks" in decision.chores:
+            await self._patiently(lambda: journal.SQL.release_locks.execute(pool, self._id))
+        if "tell_parent" in decision.chores:
+            await self._patiently(lambda: journal.SQL.tell_parent.execute(pool, self._id))
+        late = list(decision.late)
+        while late or self._flights or not self._landed.empty():
+            for result in late:
+                await self._patiently(partial(journal.record_late, pool, self._id, epoch, result))
+                log.warning("%s %s was lost to another worker; %s ended late", self._name, self._id, result.path)
+            landed = await self._land_late() if self._flights or not self._landed.empty() else None
+            late = [landed] if landed is not None else []
+
+    async def _land_late(self) -> Late | None:
+        landed = await self._landed.get()
+        if isinstance(landed, Prepared):
+            landed.roll_back()
+            self._flights.pop(landed.fact.path, None)
+            return None
+        self._flights.pop(landed.path, None)
+        return self._execution.late(landed)
+
+    async def _give_back(self, error: Exception) -> None:
+        reason = f"a worker could not go on with it, time after time: {error!r}"[: limits.REASON_MAX_CHARACTERS]
+        epoch = self._execution.epoch
+        await self._patiently(lambda: SQL.give_back.execute(self._around.pool, self._id, epoch, reason))
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask again while the database is in trouble; once the worker stops, no more."""
+        async for attempt in retry.attempts(stopping=self._around.stopping):
+            with attempt:
+                return await ask()
+        raise AssertionError("attempts end by a return or an error")
+
+    # -------------------------------------------------------------------------------------------- work
+
+    def _start(self, decision: Decision) -> None:
+        """Begin the work of a decision, unless the worker is leaving."""
+        if self._leaving:
+            return
+        is_free = not (decision.checkpoint or decision.look or self._flights) and self._landed.empty()
+        if is_free and len(decision.start) == 1 and decision.start[0].kind in _CALLS:
+            self._inline = decision.start[0]
+            return
+        for work in decision.start:
+            self._flights[work.path] = asyncio.create_task(self._fly(work), name=f"{self._name} {work.path}")
+
+    async def _next(self) -> Decision:
+        """Wait for what ends next, and decide what follows."""
+        if self._inline is not None:
+            work, self._inline = self._inline, None
+            fact = await self._perform(work)
+            assert fact is not None, "a call ends with a fact"
+            return self._tell(fact)
+        landed = await self._landed.get()
+        return await self._finish(landed) if isinstance(landed, Prepared) else self._tell(landed)
+
+    def _tell(self, fact: Fact) -> Decision:
+        self._flights.pop(fact.path, None)
+        if isinstance(fact, _Broken):
+            raise fact.error
+        return Decision() if isinstance(fact, _Aborted) else self._execution.fact(fact, now())
+
+    def _take_landed(self) -> None:
+        """Tell what has ended while a checkpoint or a look was under way: it joins the next checkpoint."""
+        kept: list[Prepared] = []
+        while not self._landed.empty():
+            landed = self._landed.get_nowait()
+            if isinstance(landed, Prepared):
+                kept.append(landed)  # its checkpoint is one of its own
+            else:
+                self._tell(landed)
+        for prepared in kept:
+            self._landed.put_nowait(prepared)
+
+    async def _fly(self, work: Work) -> None:
+        fact: Fact | None
+        try:
+            fact = await self._perform(work)
+        except Exception as error:  # noqa: BLE001 - raised again where the instance is driven
+            fact = _Broken(path=work.path, error=error)
+        if fact is not None:
+            self._landed.put_nowait(fact)
+
+    async def _perform(self, work: Work) -> Fact | None:
+        if work.not_before is not None:
+            await retry.pause((work.not_before - now()).total_seconds(), self._around.stopping)
+        if self._around.stopping.is_set():
+            return _Aborted(path=work.path)
+        try:
+            return await self._begin(work)
+        except LeaseLostError as lost:
+            log.warning("%s %s: %s; %s is not begun", self._name, self._id, lost, work.path)
+            return _Aborted(path=work.path)
+
+    async def _begin(self, work: Work) -> Fact | None:
+        pool, path = self._around.pool, work.path
+        if work.kind in _CALLS:
+            await crash_sites.visit(CALL, "before")
+            self._heartbeat.check()
+            fact = await perform(work, context_of(work, self._around.deps))
+            await crash_sites.visit(CALL, "after")
+            return fact
+        self._heartbeat.check()
+        if work.kind == "lock":
+            ask = journal.SQL.acquire
+            answer = await self._patiently(
+                lambda: ask.fetchval(pool, self._id, self._execution.epoch, work.lock_key, path)
+            )
+            return Granted(path=path) if answer == "granted" else Asked(path=path)
+        if work.kind == "undo_child":
+            answer = await self._patiently(lambda: journal.SQL.undo_child.fetchval(pool, work.child_id))
+            return Completed(path=path) if answer == "undone" else Asked(path=path)
+        async with self._around.transactions:
+            return await transactional.perform_in_transaction(pool, work, self._landed.put_nowait)
+
+    async def _finish(self, prepared: Prepared) -> Decision:
+        """Write the checkpoint of a transactional step on its own connection, and commit both."""
+        path = prepared.fact.path
+        decision = self._execution.fact(prepared.fact, now())
+        assert decision.checkpoint is not None, f"{path} has ended, and there is nothing to write"
+        self._start(replace(decision, start=tuple(work for work in decision.start if work.path != path)))
+        try:
+            answer = await transactional.commit(self._around.pool, prepared, decision.checkpoint)
+        except transactional.ConflictError as conflict:
+            self._flights.pop(path, None)
+            self._conflicts[path] = self._conflicts.get(path, 0) + 1
+            if conflict.may_succeed and self._conflicts[path] < limits.TRANSACTIONAL_ATTEMPTS:
+                log.info("%s %s: %s is tried again: %s", self._name, self._id, path, conflict)
+                await retry.pause(next(self._pauses), self._around.stopping)
+                return self._execution.withdraw(path, now())
+            self._execution.withdraw(path, now())
+            return self._execution.fact(Uncertain(path=path, error=str(conflict)), now())
+        self._flights.pop(path, None)
+        if answer.kind == "changed":
+            return self._execution.withdraw(path, now(), changed=True)
+        return self._execution.answered(answer, now())

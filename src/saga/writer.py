@@ -1,0 +1,195 @@
+"""Group commit: checkpoints of many instances in one statement and one commit, without waiting for company.
+
+While one group is on its way the next one gathers; an idle writer sends a single checkpoint at once. So the delay is
+that of the commit before, and the more there is to do the fewer commits each needs.
+
+What can go wrong, and what follows:
+
+* *A row is locked* by somebody (an open cancel, a long transaction that sends a signal): the others are written, that
+  one is sent again alone and waits, on another connection. It never holds up a group.
+* *The reply is lost*: nobody knows whether the group was committed. The same bytes are sent again before anything else
+  is decided; the rows say what became of them. A first copy that is still being committed has the rows locked, so the
+  second one waits for it alone.
+* *A value is refused*, by PostgreSQL or by the driver: nothing of the group is written. Its halves are sent, and
+  theirs, until the guilty one is alone; its `submit` raises `ValueRefusedError`, the others are written.
+* *The server is away*: the group is sent again with backoff until it answers. An instance that somebody took over
+  meanwhile is fenced by its row, not by time.
+* *The process is killed*: before the commit nothing of the group is there, after it all of it.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from outbox import postgres, retry
+from outbox.postgres import Connection, Pool
+from saga import journal, limits
+from saga.state import Answer, Checkpoint
+
+log = logging.getLogger(__name__)
+SQL: Final = postgres.Statements("saga", "writer.sql")
+
+
+class ValueRefusedError(Exception):
+    """PostgreSQL or its driver refuses a value of this one checkpoint, and always will."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    checkpoint: Checkpoint
+    size_bytes: int
+    answer: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def give(self, answer: Answer) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class Writer:
+    """Writes the checkpoints of one worker."""
+
+    def __init__(self, pool: Pool) -> None:
+        """Nothing is written before `run`."""
+        self._pool = pool
+        self._queue: deque[_Entry] = deque()
+        self._arrived = asyncio.Event()
+        self._lone = asyncio.Semaphore(limits.LOCKED_AT_ONCE)
+        self._waiting: set[asyncio.Task[None]] = set()
+        self.groups = 0
+        """Statements that were answered; for measurements."""
+        self.checkpoints = 0
+        """What they wrote."""
+
+    async def submit(self, checkpoint: Checkpoint) -> Answer:
+        """Write a checkpoint, sooner or later; at most one of an instance at a time.
+
+        Raises:
+            ValueRefusedError: a value of it cannot be written; nothing was.
+        """
+        entry = _Entry(checkpoint, _size(checkpoint))
+        self._queue.append(entry)
+        self._arrived.set()
+        return await entry.answer
+
+    async def run(self) -> None:
+        """Write what is submitted, for ever; when cancelled, what has no answer gets none."""
+        try:
+            while True:
+                await self._arrived.wait()
+                pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+                group: list[_Entry] = []
+                try:
+                    async with postgres.acquire(self._pool) as connection:
+                        while True:
+                            group = group or self._next_group()
+                            if group:
+                                await self._write(connection, group)
+                                group = []
+                            else:
+                                await self._arrived.wait()
+                except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
+                    if not retry.is_transient(error):
+                        raise
+                    log.warning("checkpoints: %r; sending the same ones again", error)
+                    self._queue.extendleft(reversed(group))
+                    self._arrived.set()
+                    await asyncio.sleep(next(pauses))
+        finally:
+            for task in self._waiting:
+                task.cancel()
+            for entry in self._queue:
+                entry.answer.cancel()
+
+    def _next_group(self) -> list[_Entry]:
+        group: list[_Entry] = []
+        size_bytes = 0
+        while self._queue and len(group) < limits.GROUP_MAX_INSTANCES:
+            size_bytes += self._queue[0].size_bytes
+            if group and size_bytes > limits.GROUP_MAX_BYTES:
+                break
+            entry = self._queue.popleft()
+            if not entry.answer.done():  # its instance was given up meanwhile
+                group.append(entry)
+        if not self._queue:
+            self._arrived.clear()
+        return group
+
+    async def _write(self, connection: Connection, group: Sequence[_Entry]) -> None:
+        try:
+            written = await journal.write(connection, [entry.checkpoint for entry in group])
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            if len(group) == 1:
+                group[0].fail(ValueRefusedError(str(error)))
+                return
+            half = len(group) // 2
+            await self._write(connection, group[:half])
+            await self._write(connection, group[half:])
+            return
+        self.groups += 1
+        entries = {entry.checkpoint.id: entry for entry in group}
+        for row in written:
+            if row.answer is not None:
+                self.checkpoints += 1
+                entries[row.id].give(row.answer)
+            else:
+                task = asyncio.create_task(self._write_alone(entries[row.id]), name=f"locked instance {row.id}")
+                self._waiting.add(task)
+                task.add_done_callback(self._waiting.discard)
+
+    async def _write_alone(self, entry: _Entry) -> None:
+        """Wait for the row, some time at a time, so that a few that are locked for long do not keep out others."""
+        pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+        while not entry.answer.done():
+            try:
+                async with self._lone:
+                    answer = await _write_waiting(self._pool, entry.checkpoint)
+            except Exception as error:  # noqa: BLE001 - told to the one who waits
+                if retry.is_transient(error):
+                    log.info("instance %s is locked by somebody else: %r; trying again", entry.checkpoint.id, error)
+                    await asyncio.sleep(next(pauses))
+                    continue
+                entry.fail(ValueRefusedError(str(error)) if is_refusal(error) else error)
+            else:
+                entry.give(answer)
+
+
+async def _write_waiting(pool: Pool, checkpoint: Checkpoint) -> Answer:
+    async with postgres.acquire(pool) as connection, postgres.transact(connection):
+        await limit_lock_waits(connection)
+        [written] = await journal.write(connection, [checkpoint], wait=True)
+    assert written.answer is not None, "one that waits is never told that the row is locked"
+    return written.answer
+
+
+async def limit_lock_waits(connection: Connection) -> None:
+    """Let the open transaction wait for a lock for a bounded time only."""
+    await SQL.limit_lock_waits.execute(connection, f"{limits.LOCKED_WAIT_SECONDS:g}s")
+
+
+async def pause(pool: Pool, refused: Checkpoint, reason: str) -> None:
+    """Pause the one instance whose checkpoint cannot be written; nothing happens if it is somebody else's by now."""
+    text = f"the journal refuses a value: {reason}".replace("\x00", "\\x00")[: limits.REASON_MAX_CHARACTERS]
+    await SQL.pause.execute(pool, refused.id, refused.epoch, refused.no, text)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a value was refused, by the server, the driver or the outbox."""
+    return retry.is_data(error) or postgres.sqlstate(error) == postgres.TOO_LARGE
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    """About how many bytes go over the wire."""
+    values = [len(row.input or "") + len(row.output or "") for row in checkpoint.rows]
+    values += [len(row.payload) for row in checkpoint.outbox]
+    values += [len(intent.input) for intent in (*checkpoint.open, *checkpoint.next)]
+    values += [len(child.request) for child in checkpoint.children]
+    return sum(values) + len(checkpoint.output or "") + 200

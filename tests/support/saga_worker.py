@@ -1,0 +1,148 @@
+"""A worker on PostgreSQL with services that remember what was done to them, in a table; for tests of the worker."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from outbox import Pool
+from saga import Rejected, Retry, Run, Saga, Signal, StepContext, Unknown, saga, step
+from saga.settings import Settings
+from saga.worker import Worker
+from tests.support.faults import eventually
+
+QUICK = Settings(worker_lease_seconds=1.0, idle_after_seconds=0.02)
+"""With which a test need not wait for a lost worker."""
+SOON = Retry(attempts=5, initial=0.01, maximum=0.02)
+HOUR = timedelta(hours=1)
+
+SERVICE = """
+create table effects (
+    no bigint generated always as identity, name text not null, sku text not null, key text not null
+)"""
+
+
+class Order(BaseModel):
+    sku: str = "x"
+    fails: str = ""
+    """Which step, and how: `ship rejects`, `refund fails 2`, `charge lands`, ..."""
+
+
+class Approval(Signal):
+    approved: bool = True
+
+
+@dataclass
+class Service:
+    """What happened outside; every worker process writes it to the same table."""
+
+    pool: Pool
+    counts: Counter[str] = field(default_factory=Counter)
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    """A step of the name waits here before it does anything."""
+    reached: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    async def act(self, name: str, order: Order, ctx: StepContext["Service"]) -> None:
+        self.counts[name] += 1
+        how = dict(part.split(" ", 1) for part in order.fails.split(", ") if part).get(name, "")
+        if how == "rejects":
+            raise Rejected(f"{name} says no")
+        if how.startswith("fails") and self.counts[name] <= int(how.removeprefix("fails ") or 1):
+            raise ConnectionResetError(f"{name} is away")
+        if name in self.gates:
+            self.reached.setdefault(name, asyncio.Event()).set()
+            await self.gates[name].wait()
+        await self.pool.execute(
+            "insert into effects (name, sku, key) values ($1, $2, $3)", name, order.sku, ctx.idempotency_key
+        )
+        if how == "lands":
+            raise TimeoutError
+
+
+@step(retry=SOON, settle=0)
+async def reserve(ctx: StepContext[Service], order: Order) -> str:
+    await ctx.deps.act("reserve", order, ctx)
+    return "A1"
+
+
+@reserve.compensation(retry=SOON)
+async def release(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
+    await ctx.deps.act("release", order, ctx)
+
+
+@step(retry=SOON, settle=0)
+async def charge(ctx: StepContext[Service], order: Order) -> str:
+    await ctx.deps.act("charge", order, ctx)
+    return "paid"
+
+
+@charge.compensation(retry=SOON)
+async def refund(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
+    await ctx.deps.act("refund", order, ctx)
+
+
+@step(at_most_once=True, timeout=5)
+async def ship(ctx: StepContext[Service], order: Order) -> str:
+    await ctx.deps.act("ship", order, ctx)
+    return "sent"
+
+
+@ship.compensation(retry=SOON)
+async def recall(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
+    await ctx.deps.act("recall", order, ctx)
+
+
+@saga("shop", deadline=HOUR)
+async def shop(run: Run, order: Order) -> str:
+    shelf = await run(reserve(order))
+    paid = await run(charge(order))
+    return f"{shelf} {paid} {await run(ship(order))}"
+
+
+@asynccontextmanager
+async def working(
+    pool: Pool, *sagas: Saga[Any, Any], settings: Settings = QUICK, deps: Service | None = None
+) -> AsyncIterator[Service]:
+    """A worker in this process for the length of the block, and its services."""
+    await pool.execute(SERVICE.replace("create table", "create table if not exists"))
+    service = deps or Service(pool)
+    async with Worker(pool, "", *sagas, deps=service, settings=settings):
+        yield service
+
+
+async def effects(pool: Pool) -> list[str]:
+    """Names of what happened outside, in order."""
+    return [row["name"] for row in await pool.fetch("select name from effects order by no")]
+
+
+async def state(pool: Pool, instance_id: UUID) -> str:
+    return str(await pool.fetchval("select state from saga.workflow_instances where id = $1", instance_id))
+
+
+async def reaches(pool: Pool, instance_id: UUID, *states: str) -> None:
+    """Wait until an instance is in one of these states."""
+
+    async def look() -> bool:
+        return await state(pool, instance_id) in states
+
+    await eventually(look, what=f"instance in {states}")
+
+
+async def journal_of(pool: Pool, instance_id: UUID) -> list[tuple[str, str]]:
+    rows = await pool.fetch(
+        "select path, outcome from saga.tasks where instance_id = $1 and seq > 0 order by seq", instance_id
+    )
+    return [(row["path"], row["outcome"]) for row in rows]
+
+
+async def plan_of(pool: Pool, instance_id: UUID) -> list[tuple[str, str]]:
+    rows = await pool.fetch(
+        "select path, status from saga.saga_compensations where instance_id = $1 order by position, round", instance_id
+    )
+    return [(row["path"], row["status"]) for row in rows]

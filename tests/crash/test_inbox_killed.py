@@ -21,7 +21,7 @@ SITES = [
     Fault("outbox.transaction.flush", "before"),
     Fault("outbox.transaction.flush", "after"),
     Fault("outbox.transaction.flush", "after", visit=2),
-    Fault("outbox.consumer.deliver.end_event", "after", visit=50),
+    Fault("outbox.consumer.handling.end_event", "after", visit=50),
     Fault("outbox.consumer.parking.queue", "after"),
 ]
 

@@ -329,7 +329,7 @@ async def lost_connection(tx: Transaction) -> None:
 async def test_trouble_of_the_database_is_nobodys_fault(pool: Pool, trouble: object) -> None:
     """The batch is kept, and nothing is parked, whatever way it went.
 
-    Red when `_is_transient` looks at the error only, and when `_has_hurt` is left out.
+    Red when `handling.is_transient` looks at the error only, and when `_has_hurt` is left out.
     """
     inbox = Inbox(NAME, topic=TOPIC)
     is_over = False

@@ -35,6 +35,7 @@ from outbox.consumer.apply import Engine, Outcome
 from outbox.consumer.bootstrap import keep_complete
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.lane import State
+from outbox.consumer.target import Target
 from outbox.consumer.watermarks import Watermarks
 from outbox.errors import CacheDeclarationError, InboxDeclarationError
 from outbox.loop import Loop
@@ -64,8 +65,9 @@ class Consumer(Loop):
         self,
         db: Pool,
         kafka: str,
-        *targets: Cache[Any] | Inbox,
+        *targets: Cache[Any] | Inbox | Target,
         group: str | None = None,
+        name: str | None = None,
         settings: Settings | None = None,
     ) -> None:
         """A consumer that feeds `targets` in `db` from the Kafka brokers named in `kafka`.
@@ -73,11 +75,12 @@ class Consumer(Loop):
         Args:
             db: a pool on the service's database.
             kafka: bootstrap servers.
-            targets: caches and inboxes; several may read one topic.
+            targets: caches, inboxes, and what other packages feed; several may read one topic.
             group: consumer group, under which positions are kept too. Where not given, positions are kept under the
                 first target's table or name, and the group's name has the database's in front, because two services
                 that read a topic may call their tables the same. A target that joins an existing group begins where the
                 group stands: to read from the start it needs a consumer of its own.
+            name: where no group is given, used in place of the first target's name.
             settings: from the environment (`SAGABOX_*`) where not given.
 
         Raises:
@@ -87,7 +90,7 @@ class Consumer(Loop):
         self._settings = settings or Settings()
         super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds)
         _check_targets(targets)
-        self.name = group or _name(targets[0])
+        self.name = group or name or _name(targets[0])
         """The consumer's name in outbox.positions."""
         self._group = group
         self._pool = db
@@ -182,11 +185,11 @@ class Consumer(Loop):
                 await membership.stop()
 
 
-def _check_targets(targets: tuple[Cache[Any] | Inbox, ...]) -> None:
+def _check_targets(targets: tuple[Cache[Any] | Inbox | Target, ...]) -> None:
     if not targets:
         raise CacheDeclarationError("a consumer needs at least one cache or inbox: Consumer(pool, servers, cache)")
     for target in targets:
-        if target.handlers:
+        if not isinstance(target, Cache | Inbox) or target.handlers:
             continue
         if isinstance(target, Inbox):
             raise InboxDeclarationError(f"inbox {target.name} has no handlers; register them with @inbox.on first")
@@ -198,9 +201,9 @@ def _check_targets(targets: tuple[Cache[Any] | Inbox, ...]) -> None:
         )
 
 
-def _needs_every_record(target: Cache[Any] | Inbox) -> bool:
-    return isinstance(target, Inbox) or any(handler.may_patch for handler in target.handlers.values())
+def _needs_every_record(target: Cache[Any] | Inbox | Target) -> bool:
+    return not isinstance(target, Cache) or any(handler.may_patch for handler in target.handlers.values())
 
 
-def _name(target: Cache[Any] | Inbox) -> str:
-    return target.name if isinstance(target, Inbox) else target.table
+def _name(target: Cache[Any] | Inbox | Target) -> str:
+    return target.table if isinstance(target, Cache) else target.name

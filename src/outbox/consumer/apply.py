@@ -121,13 +121,14 @@ class _Batch:
 class Engine:
     """Applies batches for one consumer."""
 
-    def __init__(self, db: Pool, consumer: str, owner: str, targets: Sequence[Cache[Any] | Inbox]) -> None:
+    def __init__(self, db: Pool, consumer: str, owner: str, targets: Sequence[Cache[Any] | Inbox | Target]) -> None:
         """For the consumer group `consumer`; `owner` names this process to people."""
         self._pool = db
         self._consumer = consumer
         self._owner = owner
         self._caches = [target for target in targets if isinstance(target, Cache)]
         self._inboxes = [target for target in targets if isinstance(target, Inbox)]
+        self._others: list[Target] = [target for target in targets if not isinstance(target, Cache | Inbox)]
         self._targets: dict[str, list[Target]] = {}
         self._tables: list[int] = []
 
@@ -151,6 +152,8 @@ class Engine:
             tables += [target.merge.table.oid for target in feeds]
         for inbox in self._inboxes:  # last, so that what they emit is inserted when all else is done
             targets.setdefault(inbox.topic, []).append(InboxTarget(inbox))
+        for other in self._others:
+            targets.setdefault(other.topic, []).append(other)
         self._targets, self._tables = targets, tables
 
     async def database(self) -> str:

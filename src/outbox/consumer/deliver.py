@@ -23,32 +23,25 @@ Guarantees, and what a crash does to them:
   the handler wrapped it in an exception of its own, a lost connection, or a statement that ran out of time.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from outbox import limits, postgres, retry
+from outbox import limits
 from outbox.cache import handlers
 from outbox.cache.fold import Fault, Step
 from outbox.cache.handlers import Handler
-from outbox.consumer import parking, retries
+from outbox.consumer import handling, parking, retries
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.messages import Messages, message_id
 from outbox.consumer.parking import BEHIND, Queue
 from outbox.consumer.record import Arrival, decode, record_key
 from outbox.consumer.target import Replayed, Tally
-from outbox.errors import EmitError, HandlerFailed, TransactionClosed
+from outbox.errors import EmitError, HandlerFailed
 from outbox.event import Event
 from outbox.postgres import Connection
-from outbox.transaction import Transaction, transaction
-
-SQL: Final = postgres.Statements("outbox", "consumer/deliver.sql")
-
-_CAUSES_MAX: Final = 10
-"""How many wrappings an error is looked through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +204,15 @@ def _step(delivery: Delivery, fault: Fault) -> Step:
 
 async def _together(connection: Connection, deliveries: Iterator[Delivery]) -> None:
     """All handlers in one unit of work, whose events are flushed at its end."""
-    async with _unit(connection) as tx:
+    async with handling.unit(connection) as tx:
         for delivery in deliveries:
             try:
                 await delivery.handler.function(tx, delivery.event)
             except Exception as error:
-                if _is_transient(connection, error):
+                if handling.is_transient(connection, error):
                     raise
                 raise HandlerFailed(f"{handlers.name_of(delivery.handler.function)}: {error!r}") from error
-            _require_transaction(connection)
+            handling.require_transaction(connection)
 
 
 async def _alone(connection: Connection, delivery: Delivery) -> Fault | None:
@@ -229,70 +222,8 @@ async def _alone(connection: Connection, delivery: Delivery) -> Fault | None:
         PostgresError, OSError, TimeoutError: transient; nothing is known of the batch any more.
         TransactionClosed: the handler ended the transaction.
     """
-    is_lost = False
-    try:
-        async with _unit(connection) as tx:
-            await SQL.begin_event.execute(connection)
-            try:
-                await delivery.handler.function(tx, delivery.event)
-                _require_transaction(connection)
-                await SQL.end_event.execute(connection)
-            except Exception as error:
-                is_lost = _is_transient(connection, error) or await _has_hurt(connection, error)
-                raise
-    except Exception as error:
-        if is_lost or not connection.is_in_transaction() or _is_transient(connection, error):
-            raise
-        return Fault.of(error)
-    return None
-
-
-@asynccontextmanager
-async def _unit(connection: Connection) -> AsyncIterator[Transaction]:
-    """A unit of work inside the batch's transaction.
-
-    Raises:
-        TransactionClosed: a handler ended the transaction, so that what is left to do has nothing to go back to.
-    """
-    try:
-        async with transaction(connection) as tx:
-            yield tx
-    except postgres.PostgresError as error:
-        _require_transaction(connection, error)
-        raise
-
-
-def _require_transaction(connection: Connection, error: BaseException | None = None) -> None:
-    if not connection.is_closed() and not connection.is_in_transaction():
-        raise TransactionClosed(
-            "a handler ended the batch's transaction, so that parts of the batch are committed without the rest: leave "
-            "COMMIT and ROLLBACK to the consumer, and nest outbox.transaction(tx) instead"
-        ) from error
-
-
-def _is_transient(connection: Connection, error: BaseException) -> bool:
-    """Whether the database is in trouble: by an SQLSTATE, wherever in the chain of causes, or by a lost connection."""
-    if connection.is_closed():
-        return True
-    cause: BaseException | None = error
-    for _ in range(_CAUSES_MAX):
-        if cause is None:
-            return False
-        if postgres.sqlstate(cause) is not None and retry.is_transient(cause):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
-
-
-async def _has_hurt(connection: Connection, error: BaseException) -> bool:
-    """Whether an error that may be anybody's, such as a TimeoutError, is that of a statement; the transaction knows."""
-    if postgres.sqlstate(error) is not None or not retry.is_transient(error):
-        return False
-    try:
-        await SQL.begin_event.execute(connection)
-    except postgres.PostgresError:
-        return True
-    return False
+    error = await handling.alone(connection, lambda tx: delivery.handler.function(tx, delivery.event))
+    return None if error is None else Fault.of(error)
 
 
 def _key_adapter(handler: Handler) -> TypeAdapter[Any]:

@@ -1,4 +1,4 @@
-"""What a consumer feeds: caches (`poison`) and inboxes (`deliver`), as the engine sees both."""
+"""What a consumer feeds, as the engine sees it: caches (`poison`), inboxes (`deliver`), or of another package."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Work(Protocol):
 
 
 class Target(Protocol):
-    """A cache's table, or an inbox."""
+    """A cache's table, an inbox, or something of another package."""
 
     @property
     def name(self) -> str:

@@ -119,7 +119,11 @@ OWNER_PAGE_MAX_BYTES: Final = 16_777_216
 OWNER_ANSWER_MAX_BYTES: Final = 67_108_864
 """Read from an owner over HTTP before it is given up."""
 OWNER_KEYS_MAX: Final = 10_000
-"""Keys in one question to an owner."""
+"""Keys in one question that an owner answers."""
+OWNER_KEYS_ASKED: Final = 100
+"""Keys in one question that a cache asks."""
+OWNER_LOCKED_SECONDS: Final = 2.0
+"""For an answer that a cache's batches wait for."""
 OWNER_ASKED_AT_ONCE: Final = 16
 """Questions at a time to an owner that takes one key each, for rows that are stale."""
 OWNER_TIMEOUT_SECONDS: Final = 10.0
@@ -139,8 +143,6 @@ SWAP_LOCK_SECONDS: Final = 0.25
 SWAP_TRY_SECONDS: Final = 120.0
 RECONCILE_GRACE_SECONDS: Final = 5.0
 """Between two looks at a row that differs: what is on its way arrives meanwhile."""
-RECONCILE_KEYS: Final = 100
-"""Compared and repaired at a time."""
 RECONCILE_LISTED: Final = 1_000
 """Drifted keys that a report names."""
 

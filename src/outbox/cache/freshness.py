@@ -12,7 +12,6 @@ Else the owner answers, if the cache has one; else `Stale` is raised. A relay th
 consumer has no lag: without watermarks `complete_as_of` gets older by itself.
 """
 
-import asyncio
 import math
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,8 +19,9 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from outbox import clock, limits, postgres
-from outbox.cache.owner import ComparableOwner, Owner
+from outbox import clock, postgres
+from outbox.cache.asking import answers
+from outbox.cache.owner import Owner
 from outbox.cache.read import Reader
 from outbox.cache.table import SYNCED, Table
 from outbox.errors import OwnerRowInvalid, Stale, StaleReason
@@ -77,16 +77,11 @@ class FreshReader(Reader[Row]):
         return rows + await self._ask(stale) if stale else rows
 
     async def _ask(self, keys: Sequence[str]) -> list[Row]:
-        """The owner's rows of these keys: in one question where it takes that, else some at a time."""
+        """The owner's rows of these keys."""
         assert self._owner is not None
-        arguments = [self._argument(key) for key in keys]
-        if isinstance(self._owner, ComparableOwner):
-            return self._of_owner((await self._owner.get_many(arguments)).rows)
         found: list[Row] = []
-        for start in range(0, len(arguments), limits.OWNER_ASKED_AT_ONCE):
-            asked = arguments[start : start + limits.OWNER_ASKED_AT_ONCE]
-            for page in await asyncio.gather(*(self._owner.get(key) for key in asked)):
-                found += self._of_owner(page.rows)
+        async for _, page in answers(self._owner, keys, self._table.key_type):
+            found += self._of_owner(page.rows)
         return found
 
     def _of_owner(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:

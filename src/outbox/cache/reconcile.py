@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from outbox import clock, limits, postgres
 from outbox.cache import owner as owners
+from outbox.cache.asking import questions
 from outbox.cache.owner import ComparableOwner, OwnerPage
 from outbox.cache.pages import Pages
 from outbox.cache.rebuild import SQL as REBUILD
@@ -37,8 +38,6 @@ SQL: Final = postgres.Statements("outbox", "cache/reconcile.sql")
 
 _ROWS_AT_ONCE: Final = 200_000
 """Of differing buckets, whose keys are compared in memory."""
-_KEYS_BYTES: Final = 4_000
-"""Of keys in one question: servers and proxies take URLs of 8 KiB."""
 _CONFIRMED_AT_ONCE: Final = 10_000
 """Keys between whose two looks one grace time passes."""
 
@@ -208,7 +207,7 @@ class Reconcile:
     async def _confirm(self, keys: Sequence[str], *, fix: bool) -> None:
         """Look twice at keys that differ; what stood still and differs has drifted."""
         first: list[tuple[float, dict[str, _Look]]] = []
-        for part in _questions(keys):
+        for part in questions(keys):
             looks, _ = await self._look(part)
             differing = {key: look for key, look in looks.items() if look.drift is not None}
             self._found.same += len(looks) - len(differing)
@@ -284,20 +283,5 @@ def _parts(counts: dict[int, int]) -> Iterator[list[int]]:
             part, rows = [], 0
         part.append(bucket)
         rows += count
-    if part:
-        yield part
-
-
-def _questions(keys: Sequence[str]) -> Iterator[list[str]]:
-    """Keys in groups that one question can hold."""
-    part: list[str] = []
-    size = 0
-    for key in keys:
-        length = len(json.dumps(key))
-        if part and (len(part) >= limits.RECONCILE_KEYS or size + length > _KEYS_BYTES):
-            yield part
-            part, size = [], 0
-        part.append(key)
-        size += length
     if part:
         yield part

@@ -115,7 +115,7 @@ async def test_an_event_that_the_page_sees_is_part_of_it(
 async def test_a_page_older_than_the_row_does_not_touch_it(pool: Pool, engine: Engine, owner: Pages) -> None:
     """Red when `merge_page` does not ask whether its snapshot sees the row's event."""
     await consume(engine, numbered([renamed(LOW, "newest")]))
-    assert await whole(owner, page([(LOW, "old")], xmax=5000, open_ids=[1001])) == Merged(1, 0, 0)
+    assert await whole(owner, page([(LOW, "old")], xmax=5000, open_ids=[1001])) == Merged(1, 0, 0, (str(LOW),))
     assert await rows(pool) == {LOW: ("newest", [])}
     assert await whole(owner, page([(LOW, "later still")], xmax=6000)) == Merged(1, 1, 0)
     assert await rows(pool) == {LOW: ("later still", [])}

@@ -332,12 +332,12 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
 
     page = cached.compose(merge.SQL.merge_page)
 
-    async def paged(after: str | None, through: str | None, keys: list[str] | None) -> None:
+    async def paged(after: str | None, through: str | None, keys: list[str] | None, *, sees: str = "9:9:") -> None:
         await pages.SQL.lock_alone.execute(connection, caching.TABLE)
-        await apply.SQL.register.execute(connection, cached.oid, caching.TABLE, "c", "topic")
+        await apply.SQL.register.execute(connection, cached.oid, caching.TABLE, "c", "topic", False)
         is_range = keys is None
         opened = await pages.SQL.open.fetchval(
-            connection, cached.oid, caching.LOG, "9:9:", is_range, after, through, cached.full_name
+            connection, cached.oid, caching.LOG, sees, is_range, after, through, cached.full_name
         )
         await page.fetch(connection, cached.oid, opened, documents(agent_name="n", tags=[]), keys)
 
@@ -349,6 +349,7 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
         "failed": Bound(partial(batched, sql.failed, *key, "r", "d", 1.0, 600.0, 12), others=few),
         "advance": Bound(partial(advance, connection), others=few),
         "a page": Bound(partial(paged, KEYS[0], KEYS[-1], None), others=per_range),
+        "a page that is too late": Bound(partial(paged, KEYS[0], KEYS[-1], None, sees="1:1:"), others=per_range),
         "page of single keys": Bound(partial(paged, None, None, KEYS), others=per_key),
         "merge of rows": Bound(partial(merged, rows, none, none), others=per_key),
         "merge of patches": Bound(partial(merged, none, rows, none), others=per_key),

@@ -115,7 +115,8 @@ select p.key::text as missing from patches p
 -- A row that a page wrote belongs to its log and has no position, unless the event that it had is of the same log.
 -- Locks: the rows written, in the order of their keys. Index: the key's, for text keys one `collate "C"` if there is; the
 -- primary key of tombstones. Rows: the page's, and those of its range that the cache has.
--- Returns how many rows were written and removed.
+-- Returns how many rows were written and removed, and the keys of rows that were not, because the page does not see their
+-- last event; those are looked for only where rows were not written.
 with page as materialized (
     select p.id, p.log_id, p.snapshot, outbox.log_ordinal(p.log_id) as ordinal, outbox.page_order(p.log_id, p.snapshot) as place
       from outbox.pages p where p.id = $2
@@ -202,5 +203,13 @@ with page as materialized (
      where outbox.page_sees((select q.log_id from page q), (select q.snapshot from page q), t.log_id, t.transaction_id)
            is not false
        and (t.page_id is null or t.page_id not in (select l.id from later l))
+), late as (
+    select x.{key}::text as key from page_rows x join {table} c on c.{key} = x.{key}
+     where (select count(*) from upserted) < (select count(*) from page_rows)
+       and x.{key} not in (select u.key from upserted u)
+       and outbox.page_sees((select q.log_id from page q), (select q.snapshot from page q), c.outbox_log,
+                            c.outbox_transaction_id) is false
+       and (c.outbox_page is null or c.outbox_page not in (select l.id from later l))
 )
-select (select count(*) from upserted) as written, (select count(*) from removed) as removed
+select (select count(*) from upserted) as written, (select count(*) from removed) as removed,
+       array(select l.key from late l) as late

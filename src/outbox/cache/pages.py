@@ -30,7 +30,7 @@ from outbox.cache.merge import SQL as MERGE
 from outbox.cache.merge import Merge
 from outbox.errors import CacheNotFed, OwnerRowInvalid, PageRefused
 from outbox.event import key_text
-from outbox.postgres import Connection, Pool
+from outbox.postgres import Connection, Pool, Record
 
 SQL: Final = postgres.Statements("outbox", "cache/pages.sql")
 
@@ -59,11 +59,13 @@ class Merged:
         rows: in the page.
         written: of them, not older than what the cache had.
         removed: rows of the cache that the page spoke for and did not have.
+        late: keys of the page's rows that it did not write, because it does not see the last event of the cache's.
     """
 
     rows: int
     written: int
     removed: int
+    late: tuple[str, ...] = ()
 
 
 Moved = Callable[[Connection, Merged], Awaitable[None]]
@@ -112,45 +114,67 @@ class Pages:
         """Merge a page that holds the rows of these keys which the owner has; raises what `merge` raises."""
         return await self._merge_page(page, None, [key_text(key) for key in keys], None)
 
+    async def merge_alone(self, read: Callable[[], Awaitable[Page]], key: object) -> Merged:
+        """Merge a page of one key that is read while no batch of the cache is open: nothing can be newer than it.
+
+        Batches wait for `read`, which has to be short. Raises what that and `merge` raise.
+        """
+        async with postgres.acquire(self._pool) as connection, postgres.transact(connection):
+            cache = await self._locked(connection)
+            page = await read()
+            document = self._merge.rows(self.validated(page))
+            return await self._merge_locked(connection, cache, page, document, bounds=None, keys=[key_text(key)])
+
     async def _merge_page(
         self, page: Page, bounds: tuple[str | None, ...] | None, keys: list[str] | None, moved: Moved | None
     ) -> Merged:
         with garbage.held():
             rows = self.validated(page)
             document = self._merge.rows(rows)
-        oid = self._merge.table.oid
-        after, through = bounds or (None, None)
         async with postgres.acquire(self._pool) as connection, postgres.transact(connection):
-            cache = await SQL.cache_name.fetchrow(connection, oid)
-            if cache is None:
-                raise CacheNotFed(
-                    f"no consumer has fed the table of cache {self._parker} yet: start the service's consumer, then "
-                    "merge pages of its owner"
-                )
-            await SQL.lock_alone.execute(connection, cache["name"])
-            page_id = await SQL.open.fetchval(
-                connection,
-                oid,
-                page.log,
-                page.snapshot,
-                bounds is not None,
-                after,
-                through,
-                self._merge.table.full_name,
-            )
-            if page_id is None:
-                raise PageRefused(
-                    f"cache {cache['name']}: a page of log {page.log} is older than what was forgotten, or the cache "
-                    "has another table now; prepare for its table and read it again"
-                )
-            found = await self._statement.fetchrow(connection, oid, page_id, document, keys)
-            assert found is not None, "two counts are one row"
-            merged = Merged(len(rows), found["written"], found["removed"])
-            if cache["notifies"] and (merged.written or merged.removed):
-                await memory.notify(connection, oid, keys)
-            await self._void_parked(connection, page, after, through, keys)
+            cache = await self._locked(connection)
+            merged = await self._merge_locked(connection, cache, page, document, bounds=bounds, keys=keys)
             if moved is not None:
                 await moved(connection, merged)
+        return merged
+
+    async def _locked(self, connection: Connection) -> Record:
+        """Lock the cache alone; its name, and whether readers are told of changes."""
+        cache = await SQL.cache_name.fetchrow(connection, self._merge.table.oid)
+        if cache is None:
+            raise CacheNotFed(
+                f"no consumer has fed the table of cache {self._parker} yet: start the service's consumer, then "
+                "merge pages of its owner"
+            )
+        await SQL.lock_alone.execute(connection, cache["name"])
+        return cache
+
+    async def _merge_locked(
+        self,
+        connection: Connection,
+        cache: Record,
+        page: Page,
+        document: str,
+        *,
+        bounds: tuple[str | None, ...] | None,
+        keys: list[str] | None,
+    ) -> Merged:
+        oid = self._merge.table.oid
+        after, through = bounds or (None, None)
+        page_id = await SQL.open.fetchval(
+            connection, oid, page.log, page.snapshot, bounds is not None, after, through, self._merge.table.full_name
+        )
+        if page_id is None:
+            raise PageRefused(
+                f"cache {cache['name']}: a page of log {page.log} is older than what was forgotten, or the cache "
+                "has another table now; prepare for its table and read it again"
+            )
+        found = await self._statement.fetchrow(connection, oid, page_id, document, keys)
+        assert found is not None, "two counts are one row"
+        merged = Merged(len(page.rows), found["written"], found["removed"], tuple(found["late"]))
+        if cache["notifies"] and (merged.written or merged.removed):
+            await memory.notify(connection, oid, keys)
+        await self._void_parked(connection, page, after, through, keys)
         return merged
 
     def validated(self, page: Page) -> list[BaseModel]:

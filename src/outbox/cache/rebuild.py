@@ -11,6 +11,8 @@ Guarantees:
 * **Events and pages in any order.** A page is merged under the one rule (`pages`, `merge.sql`), so nothing is stopped
   for a rebuild and nothing that came meanwhile is lost. Rows that the owner does not have go, because each page speaks
   for all keys between its first and its last.
+* **Nothing that Kafka lost stays lost.** A row that an event changed after its page was read is not written by it, and
+  may lack what came before that event: it is read again until it is written (`reread`), and only then the page counts.
 * **Resumable.** Page and progress commit together. A kill at any line leaves the pages that were committed; whoever
   takes the row next goes on after them. What was read ahead is lost, and read again.
 * **One worker.** A worker whose lease ran out and was taken over finds another name in the row, in its page's own
@@ -35,6 +37,7 @@ from uuid import UUID, uuid4
 from outbox import limits, postgres, retry
 from outbox.cache.owner import Owner, OwnerPage
 from outbox.cache.pages import Merged, Pages
+from outbox.cache.reread import read_again
 from outbox.errors import CacheNotFed, OwnerError, OwnerPageInvalid, OwnerUnavailable, PageRefused, RebuildBusy
 from outbox.postgres import Connection, Pool, Record
 
@@ -164,16 +167,12 @@ class Rebuild:
             while True:
                 page, through = await reading
                 self._check_log(page)
+                self._log = page.log
                 if through is not None:
                     reading = asyncio.create_task(self._read(through))
 
-                async def moved(
-                    connection: Connection, merged: Merged, page: OwnerPage = page, through: str | None = through
-                ) -> None:
-                    await self._moved(connection, merged, page.log, through, free=free)
-
-                await pages.merge(page, after=after, through=through, moved=moved)
-                self._log, after = page.log, through
+                await self._merge(pages, page, after, through, free=free)
+                after = through
                 report(self._progress)
                 if through is None:
                     return
@@ -181,6 +180,23 @@ class Rebuild:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await reading
+
+    async def _merge(
+        self, pages: Pages, page: OwnerPage, after: str | None, through: str | None, *, free: bool
+    ) -> None:
+        """Merge a page and move the progress behind it, in its transaction unless it was too late for some rows."""
+
+        async def moved(connection: Connection, merged: Merged) -> None:
+            if not merged.late:
+                await self._moved(connection, merged, page.log, through, free=free)
+
+        merged = await pages.merge(page, after=after, through=through, moved=moved)
+        if not merged.late:
+            return
+        more = await read_again(self._owner, pages, merged.late, self._key_type, self._check_log)
+        merged = Merged(merged.rows, merged.written + more.written, merged.removed + more.removed)
+        async with postgres.acquire(self._pool) as connection, postgres.transact(connection):
+            await self._moved(connection, merged, page.log, through, free=free)
 
     async def _read(self, after: str | None) -> tuple[OwnerPage, str | None]:
         """A page and its last key; None for that where no key follows."""

@@ -42,6 +42,8 @@ FENCED: Final = "OB001"
 RESTORED: Final = "OB002"
 PARKING_FULL: Final = "OB003"
 TOO_LARGE: Final = "OB010"
+ABORTED: Final = "25P02"
+"""A statement failed before, and whoever ran it went on."""
 UNDEFINED: Final = frozenset({"3F000", "42P01", "42883"})
 """A schema, table or function does not exist."""
 

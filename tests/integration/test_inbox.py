@@ -231,8 +231,12 @@ async def test_deferred_constraints(pool: Pool) -> None:
     assert {row["parent"] for row in await pool.fetch("select parent from children")} == {agents[0], agents[2]}
 
 
-async def test_a_swallowed_error_is_found_out(pool: Pool) -> None:
-    """A handler that hides what a statement of its own said leaves a transaction in which nothing works any more."""
+@pytest.mark.parametrize("names", [("a", "forbidden", "b"), ("a", "forbidden"), ("forbidden",)])
+async def test_a_swallowed_error_is_found_out(pool: Pool, names: tuple[str, ...]) -> None:
+    """A handler that hides what a statement of its own said leaves a transaction in which nothing works any more.
+
+    Seen red: unless the end of the unit of work counts as the handlers' own error, one that is last stops its partition.
+    """
     inbox = Inbox(NAME, topic=TOPIC)
 
     @inbox.on
@@ -240,12 +244,12 @@ async def test_a_swallowed_error_is_found_out(pool: Pool) -> None:
         with contextlib.suppress(asyncpg.CheckViolationError):
             await tx.execute("insert into notes (agent_id, note) values ($1, $2)", event.agent_id, event.agent_name)
 
-    agents = [uuid4() for _ in range(3)]
-    names = ("a", "forbidden", "b")
+    agents = [uuid4() for _ in names]
     events = [AgentRenamed(agent_id=agent, agent_name=name) for agent, name in zip(agents, names, strict=True)]
     outcome = await consume(await make_engine(pool, inbox), numbered(events))
-    assert (outcome.applied, outcome.parked) == (2, 1)
-    assert await notes(pool) == [(agents[0], "a"), (agents[2], "b")]
+    assert (outcome.applied, outcome.parked) == (len(names) - 1, 1)
+    wanted = [(agent, name) for agent, name in zip(agents, names, strict=True) if name != "forbidden"]
+    assert await notes(pool) == wanted
 
 
 async def test_a_savepoint_in_a_handler(pool: Pool) -> None:

@@ -15,11 +15,7 @@ Guarantees (each stands in the module that keeps it):
   wrong: a re-created topic, records that Kafka deleted, a full park: `lanes`;
 * a poison event parks its own key: `poison`, `deliver`; it is tried again by whoever owns its partition: `retries`;
 * an inbox has each message once, also one that comes again elsewhere: `messages`;
-        watermarks = Watermarks(self._pool, self._servers, self.name, self._topics, self._settings)
-        beside = {
-            asyncio.create_task(self._keep_rotating(), name="message ids of inboxes"),
-            asyncio.create_task(watermarks.keep_following(self._stopping), name=f"freshness of {self.name}"),
-            asyncio.create_task(keep_complete(self._pool, self._owned, self._stopping), name="bootstrap of caches"),
+* how fresh all this is, is known, and by whose word: `watermarks`.
 """
 
 import asyncio

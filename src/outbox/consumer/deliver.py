@@ -203,11 +203,24 @@ def _step(delivery: Delivery, fault: Fault) -> Step:
 
 
 async def _together(connection: Connection, deliveries: Iterator[Delivery]) -> None:
-    """All handlers in one unit of work, whose events are flushed at its end."""
+    """All handlers in one unit of work, whose events are flushed at its end.
+
+    Raises:
+        HandlerFailed: one of them failed, or hid that a statement of its own did.
+    """
+    try:
+        await _one_unit(connection, deliveries)
+    except postgres.PostgresError as error:
+        if postgres.sqlstate(error) != postgres.ABORTED:
+            raise
+        raise HandlerFailed(f"a handler hid an error of the database: {error!r}") from error
+
+
+async def _one_unit(connection: Connection, deliveries: Iterator[Delivery]) -> None:
     async with handling.unit(connection) as tx:
         for delivery in deliveries:
             try:
-                await delivery.handler.function(tx, delivery.event)
+                await handling.call(delivery.handler.function(tx, delivery.event))
             except Exception as error:
                 if handling.is_transient(connection, error):
                     raise

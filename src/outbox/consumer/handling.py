@@ -4,12 +4,13 @@ What a handler raises is an event's own fault; an error of the server, or of the
 apart is decided here, for inboxes and whatever else calls handlers.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 from outbox import postgres, retry
-from outbox.errors import TransactionClosed
+from outbox.errors import HandlerFailed, TransactionClosed
 from outbox.postgres import Connection
 from outbox.transaction import Transaction, transaction
 
@@ -19,7 +20,7 @@ _CAUSES_MAX: Final = 10
 """How many wrappings an error is looked through."""
 
 
-async def alone(connection: Connection, call: Callable[[Transaction], Awaitable[object]]) -> Exception | None:
+async def alone(connection: Connection, handler: Callable[[Transaction], Awaitable[object]]) -> Exception | None:
     """Call one handler in a savepoint, with its deferred constraints checked and its events inserted; why it failed.
 
     Raises:
@@ -31,7 +32,7 @@ async def alone(connection: Connection, call: Callable[[Transaction], Awaitable[
         async with unit(connection) as tx:
             await SQL.begin_event.execute(connection)
             try:
-                await call(tx)
+                await call(handler(tx))
                 require_transaction(connection)
                 await SQL.end_event.execute(connection)
             except Exception as error:
@@ -42,6 +43,21 @@ async def alone(connection: Connection, call: Callable[[Transaction], Awaitable[
             raise
         return error
     return None
+
+
+async def call(handling: Awaitable[object]) -> None:
+    """Await a handler; a cancellation that nobody asked this task for is an error of the handler's own.
+
+    Raises:
+        HandlerFailed: it awaited something that somebody else had cancelled.
+    """
+    try:
+        await handling
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise HandlerFailed("the handler awaited something that was cancelled") from error
 
 
 @asynccontextmanager

@@ -137,6 +137,9 @@ class Lanes:
             except Exception as error:  # noqa: BLE001 - whatever it was, the records are read again; nothing may reach FastStream
                 self._stumble(lane, error)
                 return
+            except asyncio.CancelledError as error:  # of a lane that goes on, or its records would pass for a gap
+                self._stumble(lane, error)
+                raise
             if outcome.fenced:
                 self._stumble(lane, None)
             else:
@@ -170,7 +173,7 @@ class Lanes:
         )
         return True
 
-    def _stumble(self, lane: Lane, error: Exception | None) -> None:
+    def _stumble(self, lane: Lane, error: BaseException | None) -> None:
         """Pause, wait, claim again."""
         if lane.state is State.REVOKED or lane.at not in self._source.assignment():
             return
@@ -185,7 +188,7 @@ class Lanes:
             self._claim_until_running(lane, delay), name=f"claim of {lane.at.topic}/{lane.at.partition}"
         )
 
-    def _complain(self, lane: Lane, error: Exception, delay: float) -> None:
+    def _complain(self, lane: Lane, error: BaseException, delay: float) -> None:
         self.failures += 1
         if isinstance(error, ParkingFull):
             log.error("%s stands still: %s", lane.at, error)
@@ -283,7 +286,8 @@ class Lanes:
         except Exception as error:  # noqa: BLE001 - whatever it was, parked keys wait, and nothing else has to
             self._complain_of_retry("parked keys were not looked for", error)
             return
-        await asyncio.gather(*(self._retry(TopicPartition(topic, number)) for topic, number in due))
+        trying = [self._retry(TopicPartition(topic, number)) for topic, number in due]
+        await asyncio.gather(*trying, return_exceptions=True)  # a handler may have cancelled its own task
 
     async def _retry(self, at: TopicPartition) -> None:
         lane = self._lanes.get(at)

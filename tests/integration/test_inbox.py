@@ -235,7 +235,7 @@ async def test_deferred_constraints(pool: Pool) -> None:
 async def test_a_swallowed_error_is_found_out(pool: Pool, names: tuple[str, ...]) -> None:
     """A handler that hides what a statement of its own said leaves a transaction in which nothing works any more.
 
-    Seen red: unless the end of the unit of work counts as the handlers' own error, one that is last stops its partition.
+    Seen red: unless the end of the unit of work counts as the handlers' own error, one that is last stops all.
     """
     inbox = Inbox(NAME, topic=TOPIC)
 

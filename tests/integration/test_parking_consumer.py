@@ -5,6 +5,7 @@ Hazards stand here with the version that lacks the rule and fails.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -300,6 +301,39 @@ async def test_a_turn_is_bounded_and_the_rest_stays_due(
     assert await rows(pool) == {agent: ("explode", ["3"]) for agent in agents}
 
 
+@pytest.mark.parametrize("by", ["a retry", "batches"])
+async def test_a_long_queue_of_slow_events_gets_through(pool: Pool, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """What waits for a key may take longer than a batch may; some of it goes at a time, and batches go on.
+
+    Seen red: without a look at the clock in `InboxTarget.replay` every try runs out of time, and comes to nothing.
+    """
+    monkeypatch.setattr(limits, "BATCH_TIMEOUT_SECONDS", 0.6)
+    monkeypatch.setattr(limits, "RETRY_TURN_SECONDS", 0.1)
+    inbox = Inbox(NAME, topic=TOPIC)
+    is_broken = True
+
+    @inbox.on
+    async def slow(tx: Transaction, event: AgentNamePatched) -> None:
+        if is_broken:
+            raise RuntimeError
+        await tx.execute("insert into notes (agent_id, note) select $1, $2 from pg_sleep(0.03)",
+                         event.agent_id, event.agent_name)  # fmt: skip
+
+    agent = uuid4()
+    stream = await Stream.claimed(await make_engine(pool, inbox))
+    await stream.apply(*(patched(agent, str(number)) for number in range(30)))
+    is_broken = False
+    number = 30
+    while await parked(pool, NAME):
+        await ask(pool)
+        if by == "batches":
+            await stream.apply(patched(agent, str(number)))
+            number += 1
+        else:
+            await stream.retry()
+    assert [note for _, note in await notes(pool)] == [str(n) for n in range(number)]
+
+
 async def test_events_that_could_not_be_read_find_their_key_when_they_can(pool: Pool, engine: Engine) -> None:
     """Parked under a name made up for them, they keep behind what waits under the key that they turn out to have."""
     agent = uuid4()
@@ -411,7 +445,7 @@ async def retry_as_anybody(pool: Pool, engine: Engine, key: str) -> None:
     """The way that a command might do it: without the locks of the partition and of the key."""
     async with pool.acquire() as connection, connection.transaction():
         (target,) = engine._targets[TOPIC]
-        await retries.retry(connection, target, 0, key)
+        await retries.retry(connection, target, 0, key, math.inf)
 
 
 async def test_a_process_that_lost_the_partition_retries_nothing(pool: Pool, engine: Engine, bug: Bug) -> None:

@@ -135,6 +135,21 @@ async def test_a_lease_counts_while_it_runs(db: Connection) -> None:
     assert (await status.read(db)).shards[0].lease_seconds is None
 
 
+async def test_a_release_that_no_relay_finishes_is_a_problem(db: Connection) -> None:
+    """Its events are parked no more and not in the log's backlog, so nothing else would tell of them."""
+    await emit(db)
+    await log(db, 1)
+    await db.execute("select outbox.park(0::smallint, 0, 'topic', 'k1', 1, 1, 'TooLarge', 'said so')")
+    await done(db, 1)
+    await db.execute("update outbox.parked_keys set retry_at = now()")
+    assert await db.fetchval("select outbox.log_release(0::smallint, 0, 1, '{}', 2, 10, 1000)") == 1
+    found = await status.read(db)
+    assert (found.parked, found.lag_events, found.shards[0].windows_in_flight) == ((), 0, 1)
+    assert "no relay" in found.problems()[0]
+    await done(db, 2)
+    assert (await status.read(db)).problems() == []
+
+
 async def test_parked_keys_and_a_foreign_timeline_need_a_person(db: Connection) -> None:
     await emit(db, 3)
     await log(db, 1)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from outbox import limits, retry
+from outbox import clock, limits, retry
 from outbox.cache import Cache, Patch, handlers, memory
 from outbox.cache.fold import ROW_MISSING, Effect, Fault, Folded, Step, fold, newest_log_only
 from outbox.cache.merge import Change, Kind, Merge
@@ -84,7 +84,9 @@ class Target:
             steps = {key: newest_log_only(of_key) for key, of_key in steps.items()}
         return steps, Tally(unknown=unknown, dropped=dropped)
 
-    async def replay(self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int) -> Replayed:
+    async def replay(
+        self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int, *, until: float
+    ) -> Replayed:
         """See `target.Target`. A full row that succeeds makes everything before it irrelevant, as in a batch."""
         steps, tally = self.steps(arrivals, partition)
         strangers = list(steps.keys() - {key})  # of events that could not be read when they were parked
@@ -92,7 +94,7 @@ class Target:
             return Replayed(0, BEHIND)
         if len(steps) > 1:
             for number, arrival in enumerate(arrivals):
-                alone = await self.replay(connection, key, [arrival], partition)
+                alone = await self.replay(connection, key, [arrival], partition, until=until)
                 if alone.fault is not None:
                     return Replayed(number, alone.fault)
             return Replayed(len(arrivals))
@@ -218,8 +220,11 @@ class _Attempt:
     async def _try_those_due(self, keys: set[str]) -> None:
         """What waits for a key goes first, if its time has come and a patch comes behind it."""
         patched = [change.key for change in self._work.changes if change.kind is Kind.PATCH and change.key in keys]
+        until = clock.monotonic() + limits.RETRY_TURN_SECONDS
         for key in patched[: limits.RETRY_MAX_KEYS]:
-            retried = await retries.retry(self._connection, self._work.target, self._work.partition, key)
+            if self._retried and clock.monotonic() > until:
+                return
+            retried = await retries.retry(self._connection, self._work.target, self._work.partition, key, until)
             self._retried += retried.events
             if retried.is_free:
                 self._behind.remove(key)

@@ -15,8 +15,8 @@ Guarantees:
   being freed (H43), and a process that has lost the partition retries nothing.
 * Once, in order. Effects and the deletion of the parked events commit together; a crash before that leaves the events
   parked and due, a crash after it leaves neither.
-* Bounded: some keys a turn, some events of each, a second in all, and after `PARKED_RETRY_ATTEMPTS` failures nothing
-  happens by itself. Asking for a retry always counts.
+* Bounded: some keys a turn, some events of each, a second in all and the event that is being handled then; and after
+  `PARKED_RETRY_ATTEMPTS` failures nothing happens by itself. Asking for a retry always counts.
 """
 
 import json
@@ -72,7 +72,7 @@ async def turn(connection: Connection, targets: Sequence[Target], partition: int
         for row in keys:
             if tried and clock.monotonic() > until:
                 break
-            retried = await retry(connection, target, partition, row["key"])
+            retried = await retry(connection, target, partition, row["key"], until)
             tried += 1
             free += retried.is_free
             tally.retried += retried.events
@@ -82,12 +82,12 @@ async def turn(connection: Connection, targets: Sequence[Target], partition: int
     return tally
 
 
-async def retry(connection: Connection, target: Target, partition: int, key: str) -> Retried:
-    """Try one key, whose row the transaction has locked."""
+async def retry(connection: Connection, target: Target, partition: int, key: str, until: float) -> Retried:
+    """Try one key, whose row the transaction has locked; what time `until` does not suffice for stays due."""
     name, topic = target.name, target.topic
     rows = await SQL.events.fetch(connection, name, topic, key, limits.RETRY_MAX_EVENTS)
     arrivals = _of_one_log([arrival(_record(key, row)) for row in rows])
-    replayed = await target.replay(connection, key, arrivals, partition)
+    replayed = await target.replay(connection, key, arrivals, partition, until=until)
     if replayed.applied:
         await SQL.applied.execute(connection, [row["id"] for row in rows[: replayed.applied]])
     if replayed.fault is None:

@@ -71,7 +71,9 @@ class Target(Protocol):
     def work(self, arrivals: Sequence[Arrival], partition: int) -> Work:
         """Decode a batch; outside of any transaction, never raises."""
 
-    async def replay(self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int) -> Replayed:
+    async def replay(
+        self, connection: Connection, key: str, arrivals: Sequence[Arrival], partition: int, *, until: float
+    ) -> Replayed:
         """Apply what waits for a parked key, in order, each event in a savepoint, up to the first that fails.
 
         Args:
@@ -79,6 +81,7 @@ class Target(Protocol):
             key: under which they were parked.
             arrivals: the first of its events.
             partition: where they came from.
+            until: on the monotonic clock; past it nothing slow begins any more, but for the first event.
 
         Raises:
             PostgresError, OSError, TimeoutError: transient; roll back, and nothing has happened.

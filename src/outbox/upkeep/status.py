@@ -105,7 +105,7 @@ class Status:
                 " the relay publishes nothing until you decide (outbox adopt --help)"
             )
         for shard in self.shards:
-            if shard.lag_events and shard.lease_seconds is None:
+            if (shard.lag_events or shard.windows_in_flight) and shard.lease_seconds is None:
                 found.append(f"shard {shard.shard} has events to publish and no relay: start one (outbox relay)")
             elif max_lag_seconds is not None and shard.lag_seconds > max_lag_seconds:
                 found.append(

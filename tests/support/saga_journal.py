@@ -101,7 +101,7 @@ def checkpoint(claimed: Claimed, **columns: Any) -> Checkpoint:
 
 def task(seq: int, **columns: Any) -> TaskRow:
     usual = {"seq": seq, "path": f"charge#{seq}", "name": "charge", "kind": "step", "outcome": "completed"}
-    return TaskRow(**{**usual, "output": '"paid"', "completed_at": NOW, **columns})  # type: ignore[arg-type]
+    return TaskRow(**{**usual, "output": '"paid"', "completed_at": NOW, **columns})
 
 
 def intent(name: str) -> Intent:

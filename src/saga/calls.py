@@ -299,6 +299,7 @@ class Calls:
         assert slot.call is not None
         return Work(
             kind=kind,
+            instance_id=self._id,
             path=slot.path,
             name=slot.name,
             key=step_key(self._id, slot.path),
@@ -313,6 +314,7 @@ class Calls:
         assert isinstance(slot.operation, DoLock)
         return Work(
             kind="lock",
+            instance_id=self._id,
             path=slot.path,
             name=slot.name,
             key=step_key(self._id, slot.path),

@@ -5,8 +5,8 @@ of its own: `executing` is written before it has any effect, its result together
 
 * A compensation is tried again until its retries are used up; then one with `required=False` ends `failed` and the next
   one follows, any other pauses the instance, and those after it stay `pending`.
-* An unknown external step is undone only once its effect can no longer appear (`not_before`), unless its service
-  fences.
+* An external step that is unknown, or was tried more than once, is undone only once none of its calls can land any more
+  (`not_before`), unless its service fences.
 * A late result of a step opens its compensation again, in another round with another key, unless the one under way
   began after it was known. That holds on an instance that has ended, too.
 * Cancel and deadline change nothing any more.
@@ -248,6 +248,7 @@ class Compensating:
         """
         task = self._task(row)
         common: dict[str, Any] = {
+            "instance_id": self._id,
             "path": row.path,
             "name": row.name,
             "key": undo_key(self._id, row.path, row.round),

@@ -87,13 +87,18 @@ class Saga(Generic[A, R]):
             )
 
     def find(self, name: str) -> Target | None:
-        """What a name stands for: as the body used it, or as its module and the names in its code say."""
+        """The step or contract of a name: as the body used it, or else as the code says (see `reachable`)."""
         found = self._targets.get(name)
         if found is None:
-            for target in _reachable(self.function):
-                self._targets.setdefault(target.name, target)
+            for target in self.reachable():
+                if isinstance(target, Target):
+                    self._targets.setdefault(target.name, target)
             found = self._targets.get(name)
         return found
+
+    def reachable(self) -> "list[Target | Saga[Any, Any]]":
+        """Steps, contracts and child sagas that the code names: in its module, its closure, functions that it calls."""
+        return _reachable(self.function)
 
     def __repr__(self) -> str:
         return f"<saga {self.name} version {self.version}>"
@@ -140,9 +145,8 @@ def _annotations(function: Callable[..., Any]) -> tuple[Any, Any]:
     return hints[parameters[1].name], hints["return"]
 
 
-def _reachable(function: Callable[..., Any]) -> list[Target]:
-    """Steps and contracts that a function's code names, in its module, its closure, and functions that it calls."""
-    found: list[Target] = []
+def _reachable(function: Callable[..., Any]) -> list[Target | Saga[Any, Any]]:
+    found: list[Target | Saga[Any, Any]] = []
     seen: set[int] = set()
     queue: list[object] = [function]
     while queue:
@@ -150,10 +154,12 @@ def _reachable(function: Callable[..., Any]) -> list[Target]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Target):
+        if isinstance(value, Target | Saga):
             found.append(value)
-        elif inspect.isfunction(value):
+        if inspect.isfunction(value):
             queue += _names(value)
+        elif isinstance(value, Saga):
+            queue.append(value.function)
     return found
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from saga import limits
-from saga.context import NotDone, StepContext
+from saga.context import NotDone, StepContext, Unknown
 from saga.errors import PayloadError, Rejected
 from saga.state import Completed, Fact, NotHappened, Refused, Uncertain, Unwritable, Work
 from saga.step import Target
@@ -82,7 +82,7 @@ async def _undo(work: Work, target: Target, context: object) -> Fact:
     args, kwargs = target.arguments.unbind(work.values)
     done = work.done
     if work.ask_first:
-        done = await _ask(work, target, context)
+        done = await _found(work, target, context)
         if isinstance(done, NotDone):
             return Completed(path=work.path)
     if work.kind == "undo_transactional":
@@ -91,6 +91,22 @@ async def _undo(work: Work, target: Target, context: object) -> Fact:
         async with asyncio.timeout(work.timeout_seconds):
             await target.undo.function(context, done, *args, **kwargs)
     return Completed(path=work.path)
+
+
+async def _found(work: Work, target: Target, context: object) -> Any:
+    """What a probe finds of an unknown step; one that cannot answer leaves it `Unknown`, which every undo takes.
+
+    It asks under the step's own key, not under that of the compensation.
+    """
+    assert isinstance(work.done, Unknown)
+    assert isinstance(context, StepContext)
+    own: StepContext[Any] = StepContext(
+        deps=context.deps, idempotency_key=work.done.idempotency_key, attempt=context.attempt
+    )
+    try:
+        return await _ask(work, target, own)
+    except Exception:  # noqa: BLE001 - a probe is the user's code, and must not keep a compensation from happening
+        return work.done
 
 
 async def _ask(work: Work, target: Target, context: object) -> Any:

@@ -62,7 +62,6 @@ def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> l
             target = find(saga, row.name)
             if row.kind != "remote" and target.undo is None:
                 continue
-        waits = row.outcome == "unknown" and row.kind == "step" and target is not None and not target.fences
         plan.append(
             PlanRow(
                 position=len(plan) + 1,
@@ -73,10 +72,22 @@ def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> l
                 required=Retried(target).required,
                 action=_action(row, target),
                 data=row.output,
-                not_before=now + timedelta(seconds=target.settle_seconds) if waits and target is not None else None,
+                not_before=_settled_at(row, target, now),
             )
         )
     return plan
+
+
+def _settled_at(row: TaskRow, target: Target | None, now: datetime) -> datetime | None:
+    """Until when a call of the step may still land: an unknown one, or an earlier attempt of one that was tried again.
+
+    A service that forgets a key when it undoes would take such a call for a new one. One that fences refuses it.
+    """
+    is_certain = row.outcome == "completed" and row.attempts == 1
+    if row.kind != "step" or is_certain or target is None or target.fences:
+        return None
+    settled = row.completed_at + timedelta(seconds=target.settle_seconds)
+    return settled if settled > now else None
 
 
 def _action(row: TaskRow, target: Target | None) -> str:

@@ -364,9 +364,11 @@ class Work:
     """One attempt of one call, for a worker to perform and to report as a `Fact` of the same path."""
 
     kind: WorkKind
+    instance_id: UUID
     path: str
     name: str
     key: UUID
+    """The idempotency key."""
     attempt: int
     timeout_seconds: float
     target: Target | None = None

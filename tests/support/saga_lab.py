@@ -24,6 +24,10 @@ class Service:
     undone: Counter[str] = field(default_factory=Counter)
     calls: list[str] = field(default_factory=list)
 
+    def do(self, key: str) -> None:
+        self.done[key] += 1
+        self.undone.pop(key, None)
+
     def net(self) -> list[str]:
         """What is done and not undone."""
         return sorted(key for key in self.done if not self.undone[key])
@@ -83,7 +87,7 @@ class Scene:
         """The next attempt times out, and has had its effect."""
 
         def land(work: Work) -> Fact:
-            self.service.done[str(work.key)] += 1
+            self.service.do(str(work.key))
             return Uncertain(path=path, error="timed out")
 
         self.ends(path, land)
@@ -99,7 +103,7 @@ class Scene:
             if work.kind in ("undo", "undo_transactional"):
                 self.service.undone[str(step_key(self.id, work.path))] += 1
             elif work.kind != "probe":
-                self.service.done[str(work.key)] += 1
+                self.service.do(str(work.key))
         return fact
 
     async def _handle(self, message: Message, _output: str | None) -> Fact:
@@ -110,7 +114,10 @@ class Scene:
             fact = scripted.popleft()
             assert isinstance(fact, Fact)
             return fact
-        (self.service.done if message.command == "do" else self.service.undone)[key] += 1
+        if message.command == "do":
+            self.service.do(key)
+        else:
+            self.service.undone[key] += 1
         return Completed(path=message.path, output=json.dumps({"shelf": "A1"}))
 
 

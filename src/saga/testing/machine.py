@@ -62,7 +62,8 @@ class Handled:
 
 
 Handle: TypeAlias = Callable[[Message, str | None], Awaitable[Fact]]
-"""Handles a command, or undoes it (then with its stored output)."""
+"""Handles a command, or undoes it (then with its stored output). For a do, `Asked` means that it was done and its reply
+is lost; `Uncertain`, that the command itself is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -282,8 +283,10 @@ class Machine:
         self._say(f"{work.path} committed: {answer.kind}")
         if turn == "crash after":
             self._crash()
-        else:
-            await self._follow(flight.instance_id, execution, execution.answered(answer, self.now))
+            return
+        if turn == "answer lost":
+            answer = self.journal.write(decision.checkpoint)
+        await self._follow(flight.instance_id, execution, execution.answered(answer, self.now))
 
     async def _perform(self, work: Work) -> Fact:
         fact = await self.perform(work)
@@ -318,6 +321,8 @@ class Machine:
         reply: dict[str, Any]
         if message.command == "do":
             known = known or await self._do(message, turn)
+            if known is None:
+                return
             reply, kind = known.reply, "reply"
         else:
             reply, kind = await self._undo(message, known), "undone"
@@ -325,7 +330,7 @@ class Machine:
         tell = lambda: self.journal.tell(message.instance_id, kind, message.path, json.dumps(reply), self.now)  # noqa: E731
         self.at(self.now + delay, tell)
 
-    async def _do(self, message: Message, turn: Turn | None) -> Handled:
+    async def _do(self, message: Message, turn: Turn | None) -> Handled | None:
         fact: Fact = Refused(path=message.path, reason="rejected by a test")
         if turn != "rejects":
             fact = await self.handle(message, None)
@@ -334,8 +339,13 @@ class Machine:
             handled = Handled(reply={"outcome": "completed", "output": json.loads(fact.output)}, is_done=True)
         elif isinstance(fact, Refused):
             handled = Handled(reply={"outcome": "rejected", "error": fact.reason}, is_done=False)
-        else:
+        elif isinstance(fact, Unwritable):  # poison: nothing happened, and that is the answer after its retries
             handled = Handled(reply={"outcome": "unknown", "error": _words(fact)}, is_done=False)
+        else:
+            landed = Handled(reply={"outcome": "completed", "output": None}, is_done=True)
+            if isinstance(fact, Asked):
+                self._handled[message.instance_id, message.path] = landed
+            return None  # the reply is lost, or the command itself
         self._handled[message.instance_id, message.path] = handled
         return handled
 

@@ -18,6 +18,8 @@ from asyncpg.pool import PoolConnectionProxy
 from outbox import crash_sites, limits
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
 else:  # asyncpg's classes are generic for type checkers only
@@ -193,6 +195,11 @@ async def connect_like(pool: "Pool") -> "Connection":
     arguments, options = inside._connect_args, inside._connect_kwargs  # noqa: SLF001 - asyncpg tells them in no other way
     connection: Connection = await asyncpg.connect(*arguments, **{"timeout": limits.CONNECT_TIMEOUT_SECONDS, **options})
     return connection
+
+
+def is_pool(db: object) -> "TypeIs[Pool]":
+    """Whether it is a pool, whose connections come and go."""
+    return isinstance(db, asyncpg.Pool)
 
 
 def drop(connection: "Connection") -> None:

@@ -1,21 +1,23 @@
 """Starting a saga, and what a caller does with it: wait for its result, send it a signal, cancel it."""
 
 import asyncio
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Generic, NoReturn
 from uuid import UUID
 
 from typing_extensions import TypeVar
 
-from outbox import Connection, Db, Duration, Pool, Transaction, clock, codec
+from outbox import Connection, Db, Duration, Pool, Transaction, clock, codec, postgres
 from saga import journal, limits
 from saga.codec import Value
 from saga.context import seconds
 from saga.definition import Saga
 from saga.errors import Conflict, Failed, NotFound, NotWaiting, ResultTimeout, SagaError
+from saga.results import Standing, standings, wait_for_end
 from saga.run import Signal
 from saga.starting import first_call
+from saga.starts import starts_of
+from saga.state import ENDED
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -52,26 +54,37 @@ class Handle(Generic[R]):
             ResultTimeout: it has not ended in time; says where it stands.
             NotFound: nothing was started under this key.
         """
-        until = clock.monotonic() + seconds(timeout)
-        for pause in _pauses():
-            row = await journal.SQL.result.fetchrow(target(self._db), self._saga.name, self.key)
-            if row is None:
-                self._not_found()
-            self._id = row["id"]
-            match row["state"]:
-                case "completed":
-                    return self._saga.result.decode(row["output"])
-                case "failed" | "cancelled":
-                    raise Failed(row["state"], row["error_message"] or "")
+        where = target(self._db)
+        standing = await (
+            wait_for_end(where, self._saga.name, self.key, self._id, seconds(timeout))
+            if postgres.is_pool(where)
+            else self._poll(where, seconds(timeout))
+        )
+        if standing is None:
+            self._not_found()
+        self._id = standing.id
+        match standing.state:
+            case "completed":
+                return self._saga.result.decode(standing.output or "null")
+            case "failed" | "cancelled":
+                raise Failed(standing.state, standing.error or "")
+        why = f" ({standing.paused_reason})" if standing.paused_reason else ""
+        raise ResultTimeout(
+            f"{self._saga.name} {self.key!r} is {standing.state}{why} after {seconds(timeout):g} s; ask again, "
+            f"or see: saga why {standing.id}"
+        )
+
+    async def _poll(self, connection: Connection, timeout_seconds: float) -> Standing | None:
+        """A connection cannot be shared with others who wait."""
+        until = clock.monotonic() + timeout_seconds
+        pause = limits.RESULT_POLL_MIN_SECONDS
+        while True:
+            [standing] = await standings(connection, [(self._saga.name, self.key)])
             left = until - clock.monotonic()
-            if left <= 0:
-                why = f" ({row['paused_reason']})" if row["paused_reason"] else ""
-                raise ResultTimeout(
-                    f"{self._saga.name} {self.key!r} is {row['state']}{why} after {seconds(timeout):g} s; ask again, "
-                    f"or see: saga why {row['id']}"
-                )
+            if standing is None or standing.state in ENDED or left <= 0:
+                return standing
             await asyncio.sleep(min(pause, left))
-        raise AssertionError("the pauses have no end")
+            pause = min(pause * 1.5, limits.RESULT_POLL_MAX_SECONDS)
 
     async def signal(self, signal: Signal, *, dedupe_key: str | None = None) -> None:
         """Send a signal. Inside a transaction it is sent if that commits, and its row is locked until then.
@@ -128,7 +141,11 @@ async def start(saga: Saga[A, R], db: Db, request: A, key: str | None) -> Handle
         deadline_at=now + timedelta(seconds=saga.deadline_seconds),
         first=first_call(saga, instance_id, text, now),
     )
-    ((found, answer),) = await journal.start(target(db), [new])
+    where = target(db)
+    if postgres.is_pool(where):
+        found, answer = await starts_of(where).submit(new)
+    else:
+        ((found, answer),) = await journal.start(where, [new])
     if answer == "conflict":
         raise Conflict(
             f"{saga.name} was started under the key {key!r} with another request; use another key, or send the same"
@@ -159,10 +176,3 @@ def _checked(key: str) -> str:
             f"key {key!r}: has {size_bytes} bytes; use a text of 1 to {limits.KEY_MAX_BYTES}, without U+0000"
         )
     return key
-
-
-def _pauses() -> Iterator[float]:
-    pause = limits.RESULT_POLL_MIN_SECONDS
-    while True:
-        yield pause
-        pause = min(pause * 1.5, limits.RESULT_POLL_MAX_SECONDS)

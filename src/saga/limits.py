@@ -32,6 +32,14 @@ PROBE_ATTEMPTS: Final = 5
 # Waiting for a result.
 RESULT_POLL_MIN_SECONDS: Final = 0.01
 RESULT_POLL_MAX_SECONDS: Final = 0.5
+RESULTS_AT_ONCE: Final = 1_000
+"""Looked for in one statement."""
+
+# Starting on a pool.
+START_LOCK_SECONDS: Final = 0.2
+"""How long a group of starts waits for somebody who is starting under one of its keys, before it is split."""
+START_TRY_SECONDS: Final = 10.0
+"""How long starts are sent again while the database is in trouble, before their callers are told."""
 
 # Workers.
 INSTANCES_IN_FLIGHT: Final = 2_000

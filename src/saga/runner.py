@@ -28,7 +28,8 @@ from saga.decider import Execution
 from saga.definition import Saga
 from saga.lease import Heartbeat, LeaseLostError
 from saga.outcome import context_of, perform
-from saga.state import Asked, Checkpoint, Claimed, Completed, Decision, Fact, Granted, Late, Uncertain, Work
+from saga.results import Standing, told_end
+from saga.state import ENDED, Asked, Checkpoint, Claimed, Completed, Decision, Fact, Granted, Late, Uncertain, Work
 from saga.transactional import Prepared
 from saga.writer import ValueRefusedError, Writer
 
@@ -138,9 +139,19 @@ class Runner:
             await self._patiently(lambda: writer.pause(self._around.pool, checkpoint, reason))
             raise
         self._take_landed()
-        if answer.kind == "applied" and checkpoint.wake_at is not None:
-            self._around.timer_set((checkpoint.wake_at - now()).total_seconds())
+        if answer.kind == "applied" and not checkpoint.held:
+            self._let_go(checkpoint)
         return self._execution.answered(answer, now())
+
+    def _let_go(self, checkpoint: Checkpoint) -> None:
+        """Tell those in this process who wait for the instance, or for its timer."""
+        if checkpoint.state == "completed":
+            standing = Standing(id=self._id, state=checkpoint.state, output=checkpoint.output, error=None)
+            told_end(self._around.pool, self._id, standing)
+        elif checkpoint.state in ENDED:
+            told_end(self._around.pool, self._id, None)
+        elif checkpoint.wake_at is not None:
+            self._around.timer_set((checkpoint.wake_at - now()).total_seconds())
 
     async def _look(self) -> Decision:
         mailbox = await self._patiently(lambda: journal.look(self._around.pool, self._id))
@@ -285,4 +296,6 @@ class Runner:
         self._flights.pop(path, None)
         if answer.kind == "changed":
             return self._execution.withdraw(path, now(), changed=True)
+        if answer.kind == "applied" and not decision.checkpoint.held:
+            self._let_go(decision.checkpoint)
         return self._execution.answered(answer, now())

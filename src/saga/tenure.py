@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -24,9 +24,12 @@ from outbox import postgres, retry
 from outbox.postgres import Connection
 from saga import journal, limits
 from saga.definition import Saga
+from saga.journal import Start
 from saga.lease import Heartbeat
 from saga.runner import Runner, Surroundings
 from saga.settings import Settings
+from saga.starts import starts_of
+from saga.state import Claimed
 from saga.wakeup import Wakeup
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,8 @@ class Tenure:
             asyncio.create_task(self._keep(self._take_over), name="takeover of instances"),
             asyncio.create_task(self._keep(self._ring), name="timers of instances"),
         ]
+        starts = starts_of(self._around.pool)
+        starts.add(self)
         ends = [asyncio.create_task(_set(event)) for event in (self._around.stopping, self.heartbeat.lost)]
         try:
             await asyncio.wait([*tasks, *ends], return_when=asyncio.FIRST_COMPLETED)
@@ -80,6 +85,7 @@ class Tenure:
                 if task.done():
                     task.result()
         finally:
+            starts.remove(self)
             for ending in ends:
                 ending.cancel()
             for task in tasks:
@@ -111,6 +117,18 @@ class Tenure:
                     raise
                 log.warning("worker %s: %r; trying again", self.worker_id, error)
                 await asyncio.sleep(next(pauses))
+
+    # -------------------------------------------------------------------------------------------- starts
+
+    def takes(self, starts: Sequence[Start]) -> bool:
+        """Whether it serves all of these, and has room: then they are leased to it with their start."""
+        room = self._settings.instances_in_flight - len(self._running)
+        is_here = self.heartbeat.is_held and not self._around.stopping.is_set() and not self._alone
+        return is_here and len(starts) <= room and all(start.saga.workflow_id in self._sagas for start in starts)
+
+    def begin(self, workflow_id: UUID, claimed: Claimed) -> None:
+        """Run one of them."""
+        self._begin(Runner(self._around, self.heartbeat, self._sagas[workflow_id], claimed))
 
     # -------------------------------------------------------------------------------------------- claiming
 

@@ -81,31 +81,35 @@ class Writer:
     async def run(self) -> None:
         """Write what is submitted, for ever; when cancelled, what has no answer gets none."""
         try:
-            while True:
-                await self._arrived.wait()
-                pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
-                group: list[_Entry] = []
-                try:
-                    async with postgres.acquire(self._pool) as connection:
-                        while True:
-                            group = group or self._next_group()
-                            if group:
-                                await self._write(connection, group)
-                                group = []
-                            else:
-                                await self._arrived.wait()
-                except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
-                    if not retry.is_transient(error):
-                        raise
-                    log.warning("checkpoints: %r; sending the same ones again", error)
-                    self._queue.extendleft(reversed(group))
-                    self._arrived.set()
-                    await asyncio.sleep(next(pauses))
+            async with asyncio.TaskGroup() as group:
+                for number in range(limits.GROUPS_IN_FLIGHT):
+                    group.create_task(self._run_lane(), name=f"checkpoints, lane {number}")
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         finally:
             for task in self._waiting:
                 task.cancel()
             for entry in self._queue:
                 entry.answer.cancel()
+
+    async def _run_lane(self) -> None:
+        pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+        group: list[_Entry] = []
+        while True:
+            try:
+                async with postgres.acquire(self._pool) as connection:
+                    while True:
+                        group = [entry for entry in group if not entry.answer.done()] or self._next_group()
+                        if group:
+                            await self._write(connection, group)
+                            pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+                        else:
+                            await self._arrived.wait()
+            except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
+                if not retry.is_transient(error):
+                    raise
+                log.warning("checkpoints: %r; sending the same ones again", error)
+                await asyncio.sleep(next(pauses))
 
     def _next_group(self) -> list[_Entry]:
         group: list[_Entry] = []

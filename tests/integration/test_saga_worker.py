@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 
 import outbox
-from outbox import Pool, Transaction
+from outbox import Pool
 from saga import Conflict, Failed, NotWaiting, Rejected, Retry, Run, StepContext, Unknown, saga, step
 from tests.support.saga_worker import (
     HOUR,
     Approval,
     Order,
     Service,
+    approved,
+    both,
     charge,
     effects,
     journal_of,
     plan_of,
     reaches,
+    recorded,
     reserve,
-    ship,
     shop,
     state,
     working,
@@ -88,12 +90,6 @@ async def settled(run: Run, order: Order) -> str:
     return await run(send(order))
 
 
-@saga("both", deadline=HOUR)
-async def both(run: Run, order: Order) -> str:
-    shelf, paid = await run.parallel(reserve(order), charge(order))
-    return f"{shelf} {paid}"
-
-
 async def test_parallel_branches_are_under_way_together(saga_pool: Pool) -> None:
     async with working(saga_pool, both) as service:
         service.gates = {"reserve": asyncio.Event(), "charge": asyncio.Event()}
@@ -115,16 +111,6 @@ async def test_a_rejected_branch_waits_for_the_other_and_both_are_accounted_for(
         with pytest.raises(Failed, match="charge says no"):
             await handle.result(timeout=20)
     assert await effects(saga_pool) == ["reserve", "release"]
-
-
-@saga("approved", deadline=HOUR)
-async def approved(run: Run, order: Order) -> str:
-    await run(reserve(order))
-    await run.sleep(0.05)
-    approval = await run.receive(Approval, timeout=0.2 if order.sku == "short" else 3600)
-    if approval is None:
-        raise Rejected("nobody approves")
-    return await run(charge(order))
 
 
 async def test_a_signal_wakes_a_waiting_saga_within_moments(saga_pool: Pool) -> None:
@@ -229,28 +215,6 @@ async def test_a_bug_pauses_and_undoes_nothing(saga_pool: Pool) -> None:
 async def buggy(run: Run, order: Order) -> str:
     found: dict[str, Any] = {"shelf": await run(reserve(order))}
     return str(found["shelve"])
-
-
-@step(transactional=True)
-async def record(tx: Transaction, order: Order) -> int:
-    await tx.execute("insert into records (sku) values ($1)", order.sku)
-    if order.fails == "record rejects":
-        raise Rejected("no")
-    return int(await tx.fetchval("select count(*) from records"))
-
-
-@record.compensation
-async def forget(tx: Transaction, done: int | Unknown, order: Order) -> None:
-    assert done == 1
-    await tx.execute("delete from records where sku = $1", order.sku)
-
-
-@saga("recorded", deadline=HOUR)
-async def recorded(run: Run, order: Order) -> int:
-    await run(reserve(order))
-    count = await run(record(order))
-    await run(ship(order))
-    return count
 
 
 async def test_a_transactional_step_commits_with_its_checkpoint(saga_pool: Pool) -> None:

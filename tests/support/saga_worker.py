@@ -11,7 +11,7 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from outbox import Pool
+from outbox import Pool, Transaction
 from saga import Rejected, Retry, Run, Saga, Signal, StepContext, Unknown, saga, step
 from saga.settings import Settings
 from saga.worker import Worker
@@ -103,6 +103,44 @@ async def shop(run: Run, order: Order) -> str:
     shelf = await run(reserve(order))
     paid = await run(charge(order))
     return f"{shelf} {paid} {await run(ship(order))}"
+
+
+@saga("both", deadline=HOUR)
+async def both(run: Run, order: Order) -> str:
+    shelf, paid = await run.parallel(reserve(order), charge(order))
+    return f"{shelf} {paid}"
+
+
+@saga("approved", deadline=HOUR)
+async def approved(run: Run, order: Order) -> str:
+    await run(reserve(order))
+    await run.sleep(0.05)
+    approval = await run.receive(Approval, timeout=0.2 if order.sku == "short" else 3600)
+    if approval is None:
+        raise Rejected("nobody approves")
+    return await run(charge(order))
+
+
+@step(transactional=True)
+async def record(tx: Transaction, order: Order) -> int:
+    await tx.execute("insert into records (sku) values ($1)", order.sku)
+    if order.fails == "record rejects":
+        raise Rejected("no")
+    return int(await tx.fetchval("select count(*) from records"))
+
+
+@record.compensation
+async def forget(tx: Transaction, done: int | Unknown, order: Order) -> None:
+    assert done == 1
+    await tx.execute("delete from records where sku = $1", order.sku)
+
+
+@saga("recorded", deadline=HOUR)
+async def recorded(run: Run, order: Order) -> int:
+    await run(reserve(order))
+    count = await run(record(order))
+    await run(ship(order))
+    return count
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ async def cache_of(app: str, table: str) -> Cache[Any]:
         UsageProblem: it cannot be imported, or there is no such cache.
     """
     module_name, _, attribute = app.partition(":")
-    module = _imported(module_name)
+    module = imported(module_name)
     if not attribute:
         caches = [value for value in vars(module).values() if isinstance(value, Cache) and value.table == table]
         if not caches:
@@ -43,7 +43,12 @@ async def cache_of(app: str, table: str) -> Cache[Any]:
     return found
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
+    """A module of the service, found as `python -m` finds it.
+
+    Raises:
+        UsageProblem: it cannot be imported; says why.
+    """
     if not name or not all(part.isidentifier() for part in name.split(".")):
         raise UsageProblem(f"{name!r} is no module; {_HELP}")
     here = str(Path.cwd())

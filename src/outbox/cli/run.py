@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import pydantic
@@ -33,6 +33,8 @@ Kafka = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
+S = TypeVar("S", bound=Settings)
+
 out: Final = Console(highlight=False, markup=False, emoji=False)
 err: Final = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
@@ -54,6 +56,15 @@ def settings_of(context: typer.Context, *, database_url: str | None = None, kafk
     Raises:
         UsageProblem: a value cannot be used; says which, never what it was.
     """
+    return settings_of_kind(Settings, context, database_url=database_url, kafka=kafka)
+
+
+def settings_of_kind(kind: type[S], context: typer.Context, *, database_url: str | None, kafka: str | None) -> S:
+    """The same, where another package has settings of its own.
+
+    Raises:
+        UsageProblem: a value cannot be used; says which, never what it was.
+    """
     given = context.obj if isinstance(context.obj, Options) else Options()
     flags: dict[str, Any] = {}
     if url := database_url or given.database_url:
@@ -61,7 +72,7 @@ def settings_of(context: typer.Context, *, database_url: str | None = None, kafk
     if servers := kafka or given.kafka:
         flags["kafka"] = servers
     try:
-        return Settings(**flags)
+        return kind(**flags)
     except pydantic.ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

@@ -10,9 +10,11 @@ import asyncpg
 import pytest
 
 import outbox
-from outbox import Event, Key, parking
+from outbox import Consumer, Event, Key, parking
 from outbox.relay import Relay, restore
 from outbox.upkeep import migrate, status
+from tests.support.consumer_process import SETTINGS, create_table, vocabulary
+from tests.support.faults import eventually
 
 ROLES = resources.files("outbox").joinpath("roles.sql").read_text(encoding="utf-8")
 
@@ -102,3 +104,40 @@ async def test_the_relay_role_relays_and_adopts(
         assert adoption.restamped == 0
         await refused(pool, "drop table outbox.events", "create table outbox.mine ()")
     assert (await status.read(reader)).log_id == adoption.log_id
+
+
+async def test_a_consumer_feeds_a_cache_and_others_read_it(
+    logins: dict[str, str], any_database: str, writer: asyncpg.Connection, broker: str, topic: str
+) -> None:
+    """With the role for consumers and rights on the table; a reader needs no more to know how fresh a row is."""
+    words = vocabulary(topic)
+    agent = uuid.uuid4()
+    settings = SETTINGS.model_copy(update={"watermark_topic": f"{topic}-watermarks", "max_clock_skew_seconds": 0.0})
+    async with asyncpg.create_pool(any_database, min_size=1) as pool:
+        await create_table(pool)
+        await pool.execute("grant select, insert, update, delete on agent_cache, effects, writes to outbox_relay")
+        await pool.execute("grant usage on all sequences in schema public to outbox_relay")
+        await pool.execute("grant select on agent_cache to outbox_reader")
+    async with (
+        asyncpg.create_pool(logins["outbox_relay"], min_size=1) as pool,
+        asyncpg.create_pool(logins["outbox_reader"], min_size=1) as reading,
+        Relay(pool, broker, settings=settings),
+        Consumer(pool, broker, words.cache, words.inbox, settings=settings),
+    ):
+        async with outbox.transaction(writer) as tx:
+            tx.emit(words.named(agent_id=agent, name="a"), words.noted(agent_id=uuid.uuid4(), note="waits"))
+        assert await words.cache.wait_for(reading, agent, tx.receipt, timeout=30.0)
+
+        async def is_fresh() -> bool:
+            try:
+                return await words.cache.get(reading, agent, fresh_within=60.0) is not None
+            except outbox.Stale:
+                return False
+
+        await eventually(is_fresh, what="the row is known to be fresh")
+        assert {found.state for found in (await status.read(reading)).positions} == {"running"}
+        (waiting,) = await parking.keys(reading)
+        assert await parking.retry(pool, [waiting]) == 1
+        assert await parking.discard(pool, waiting) == 1
+        assert await pool.fetchval("select outbox.rotate_inbox()") is False
+        assert await pool.fetchval("select count(*) from effects") == 1

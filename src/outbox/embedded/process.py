@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
+try:
+    import psutil
+except ImportError as error:
+    raise ImportError("outbox.embedded needs psutil; install it: pip install 'sagabox[embedded]'") from error
 
 from outbox.embedded.guard import Guard
 from outbox.errors import OutboxError

@@ -11,7 +11,6 @@ raises `BodyClosed` and executes nothing.
 
 import asyncio
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from saga.state import Kind
 from saga.step import Call, Target
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Slot:
     """One thing that the body waits for: what its row in the journal must look like."""
 
@@ -40,6 +39,8 @@ class Slot:
     digest: bytes
     call: Call[Any] | None = None
     operation: Operation
+    text: str | None = None
+    """Its input in journal form, where that came along with the digest."""
 
     @property
     def target(self) -> Target:
@@ -49,6 +50,8 @@ class Slot:
 
     def encode(self) -> str:
         """Its input in journal form."""
+        if self.text is not None:
+            return self.text
         if self.call is not None:
             return str(self.call.target.arguments.encode(self.call.values))
         if isinstance(self.operation, DoChild):
@@ -56,7 +59,7 @@ class Slot:
         return "null"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class At:
     """The body waits for an operation: for all of the slots, if that is a parallel."""
 
@@ -100,7 +103,7 @@ class Body:
         """Run it to its first operation."""
         self.run: Final = Run(instance_id, started_at)
         self._saga: Final = saga
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[str, int] = {}
         self._operations = 0
         self._coroutine: Final[Any] = saga.function(self.run, request)
         self.position: Position = Closed()
@@ -133,9 +136,15 @@ class Body:
             self.position = Closed()
 
     def _drive(self, resume: Callable[[], Any]) -> None:
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - as in `_no_event_loop`, which costs more
         try:
-            with _no_event_loop(), self.run.driven():
+            try:
+                asyncio._set_running_loop(None)  # noqa: SLF001
+                self.run.is_driven = True
                 yielded = resume()
+            finally:
+                self.run.is_driven = False
+                asyncio._set_running_loop(loop)  # noqa: SLF001
             self.position = self._read(yielded)
         except StopIteration as end:
             self.position = Returned(end.value)
@@ -197,12 +206,14 @@ class Body:
     def _of_call(self, path: str, call: Call[Any], operation: Operation) -> Slot:
         target = call.target
         self._saga.learn(target)
-        digest = target.arguments.digest(call.values)
-        return Slot(path=path, name=target.name, kind=target.kind, digest=digest, call=call, operation=operation)
+        text, digest = target.arguments.recognise(call.values)
+        return Slot(
+            path=path, name=target.name, kind=target.kind, digest=digest, call=call, operation=operation, text=text
+        )
 
     def _path(self, name: str) -> str:
-        self._counts[name] += 1
-        return f"{name}#{self._counts[name]}"
+        self._counts[name] = count = self._counts.get(name, 0) + 1
+        return f"{name}#{count}"
 
 
 def _digest(text: str) -> bytes:

@@ -125,14 +125,23 @@ class Calls:
                 raise AssertionError(f"unknown fact {fact!r}")
 
     def _completed(self, work: Work, fact: Completed, now: datetime) -> None:
+        value = None
         if work.target is not None:
             try:
-                work.target.result.decode(fact.output)
+                value = work.target.result.decode(fact.output)
             except PayloadError as error:
                 self.stuck[fact.path] = f"{fact.path} happened, and its result cannot be read back: {error}"
                 return
         external = work.kind in ("step", "probe")
-        ended = Ended(outcome="completed", output=fact.output, at=now, outbox=fact.outbox, is_external=external)
+        ended = Ended(
+            outcome="completed",
+            output=fact.output,
+            at=now,
+            outbox=fact.outbox,
+            is_external=external,
+            value=value,
+            has_value=work.target is not None,
+        )
         self._end(fact.path, ended)
 
     def _uncertain(self, work: Work, intent: Intent | None, error: str, now: datetime) -> None:
@@ -236,6 +245,8 @@ class Calls:
 
     def open(self, *, held: bool) -> tuple[Intent, ...]:
         """Intents that a checkpoint has to keep."""
+        if not self._ledger.intents:
+            return ()
         kept = []
         for intent in self._ledger.open_intents():
             known = held or intent.path in self._untouched

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError
+from pydantic_core import PydanticSerializationError, from_json
 from typing_extensions import TypedDict
 
 from saga import limits
@@ -62,6 +62,7 @@ class Value(Generic[T]):
         self.what: Final = what
         self.annotation: Final = annotation
         self._adapter: TypeAdapter[T] = _adapter(annotation, what)
+        self._has_defaults: Final = _has_defaults(self._adapter)
 
     def encode(self, value: T) -> str:
         """The journal form.
@@ -81,7 +82,7 @@ class Value(Generic[T]):
 
     def digest(self, value: T) -> bytes:
         """Equal for equal values, whatever the order of keys, and whatever defaults were added since."""
-        return _digest(json.loads(_dump(self._adapter, value, self.what, exclude_defaults=True)))
+        return _digest(from_json(_dump(self._adapter, value, self.what, exclude_defaults=self._has_defaults)))
 
 
 class Arguments:
@@ -110,6 +111,7 @@ class Arguments:
             _typed_dict({p.name: hints[p.name] for p in parameters}), self.name
         )
         self._defaults: Final = self._default_forms(parameters)
+        self._has_defaults: Final = _has_defaults(self._whole)
 
     def _default_forms(self, parameters: list[inspect.Parameter]) -> dict[str, Any]:
         """What defaults look like in a digest; an argument equal to its default is left out of it."""
@@ -150,6 +152,15 @@ class Arguments:
         """
         return _dump(self._whole, values, self.name)
 
+    def recognise(self, values: dict[str, Any]) -> tuple[str | None, bytes]:
+        """The digest, and the journal form where that came along."""
+        text = _dump(self._whole, values, self.name, exclude_defaults=self._has_defaults)
+        form = from_json(text)
+        for name, default in self._defaults.items():
+            if name in form and form[name] == default:
+                del form[name]
+        return None if self._has_defaults else text, _digest(form)
+
     def decode(self, text: str) -> dict[str, Any]:
         """The arguments of a journal form; parameters that were added since have their defaults.
 
@@ -168,11 +179,7 @@ class Arguments:
 
     def digest(self, values: dict[str, Any]) -> bytes:
         """Equal for equal arguments, whatever the order of keys, and whatever defaults were added since."""
-        form = json.loads(_dump(self._whole, values, self.name, exclude_defaults=True))
-        for name, default in self._defaults.items():
-            if name in form and form[name] == default:
-                del form[name]
-        return _digest(form)
+        return self.recognise(values)[1]
 
 
 def _typed_dict(fields: dict[str, Any]) -> Any:
@@ -187,6 +194,24 @@ def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
         raise SagaDeclarationError(
             what, f"the type {annotation!r} has no JSON form ({error})", "use types that pydantic can write and read"
         ) from error
+
+
+def _has_defaults(adapter: TypeAdapter[Any]) -> bool:
+    """Whether anything in values of the type may equal a default; else what is dumped is the same without them."""
+    seen: set[int] = set()
+    queue: list[object] = [adapter.core_schema]
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict):
+            if "default" in node or "default_factory" in node:
+                return True
+            queue.extend(node.values())
+        elif isinstance(node, list | tuple):
+            queue.extend(node)
+    return False
 
 
 def _check_parameter(owner: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> None:
@@ -248,6 +273,8 @@ def _refuse_unstorable(body: bytes, what: str) -> None:
     walk(json.loads(body, parse_constant=refuse))
 
 
+_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
 def _digest(form: object) -> bytes:
-    canonical = json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(canonical.encode(), digest_size=DIGEST_BYTES).digest()
+    return hashlib.blake2b(_canonical(form).encode(), digest_size=DIGEST_BYTES).digest()

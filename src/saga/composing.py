@@ -28,7 +28,8 @@ class Composer:
     @property
     def passes_pivot(self) -> bool:
         """Whether the pivot is among what is decided and not written."""
-        return any(row.kind == "pivot" for row in self._ledger.pending)
+        pending = self._ledger.pending
+        return bool(pending) and pending[-1].is_next and any(row.kind == "pivot" for row in pending)
 
     def forward(self, now: datetime, needs: Needs, *, held: bool) -> Checkpoint:
         """Results, and the intents of what comes next; or of what is waited for."""
@@ -96,8 +97,8 @@ class Composer:
 
     def _emitted(self) -> tuple[OutboxRow, ...]:
         """Messages of transactional steps whose rows are about to be written."""
-        ended = (self._ledger.ended.get(row.path) for row in self._ledger.pending)
-        return tuple(replace(message, is_next=False) for known in ended if known for message in known.outbox)
+        ended = [self._ledger.ended.get(row.path) for row in self._ledger.pending]
+        return tuple([replace(message, is_next=False) for known in ended if known for message in known.outbox])
 
     def _checkpoint(self, now: datetime, *, strict: bool = False, **columns: Any) -> Checkpoint:
         return Checkpoint(

@@ -4,10 +4,9 @@
 mail. Each time it says what to do now. It reads no clock, holds no connection and starts nothing, so the tests and
 `saga.testing` drive the same code as the worker.
 
-    execution = Execution(saga, claimed)
     decision = execution.begin(now)
     while not decision.released:
-        ...                                     # start decision.start
+        ...                                     # start the work in decision.start
         if decision.checkpoint is not None:     # at most one is in flight
             decision = execution.answered(await write(decision.checkpoint), now)
         elif decision.look:
@@ -16,14 +15,12 @@ mail. Each time it says what to do now. It reads no clock, holds no connection a
             decision = execution.fact(await next_finished_work, now)
 
 The states of an instance that is held:
-
 * *forward*: the body waits for an operation. What it needs and has no intent becomes an intent of the next checkpoint;
   once that is applied, its work starts. Results are journalled as they come, together with the intents that follow.
 * *back*: the plan is worked off, one row at a time (`compensating`).
 * *released*: suspended until a timer or mail, ended, paused, or another worker has it.
 
 What a crash does, by what was written last:
-
 * An intent, and no result: the call may have happened. The next claim counts an attempt, and no rejection is clean any
   more; with attempts left it is tried again under the same key, else it is unknown.
 * A result and the next intent: as above for the next call; the result is never asked for again.
@@ -64,6 +61,7 @@ from saga.state import (
     Work,
 )
 
+_SOON: Final = timedelta(seconds=limits.SUSPEND_SECONDS)
 _WAIT: Final = Decision()
 """Nothing new: wait for what is under way."""
 
@@ -86,6 +84,8 @@ class Execution:
         self._back: Compensating | None = None
         self._undoing: dict[str, Work] = {}
         self._writing: Checkpoint | None = None
+        self._has_heard = True
+        """Whether something was told since the body was run last."""
         self._looking = False
         self._released = False
 
@@ -110,6 +110,7 @@ class Execution:
         """A piece of work has ended."""
         if self._released:
             return _WAIT
+        self._has_heard = True
         if fact.path in self._undoing and self._back is not None:
             del self._undoing[fact.path]
             self._back.told(fact, now)
@@ -148,6 +149,7 @@ class Execution:
     def mail(self, mailbox: Mailbox, now: datetime) -> Decision:
         """What a look at the mail showed."""
         self._looking = False
+        self._has_heard = True
         self._compose.seen = mailbox.wakeups
         self._cancel = mailbox.cancel_reason
         self._ledger.read(mailbox)
@@ -208,6 +210,7 @@ class Execution:
     def _take_back(self) -> None:
         """What was decided and not written is decided again, from what is known."""
         self._verdict = None
+        self._has_heard = True
         self._ledger.forget_pending()
         if self._ending is None:
             self._back = None
@@ -297,6 +300,9 @@ class Execution:
         first = self._forward is None
         if self._forward is None:
             self._forward = Forward(self._saga, self._claimed, self._ledger)
+        elif not self._has_heard and self._forward.waits_for_calls_of_ours:
+            return self._forward.body  # a checkpoint was applied, and nothing else is new
+        self._has_heard = False
         self._calls.expire(now)
         self._forward.advance(now)
         if first and isinstance(self._forward.body.position, At):
@@ -318,9 +324,8 @@ class Execution:
         at = body.position
         assert isinstance(at, At)
         assert self._forward is not None
-        unknown = next(
-            (row for slot in at.slots if (row := self._ledger.row(slot.path)) and row.outcome == "unknown"), None
-        )
+        rows = [self._ledger.row(slot.path) for slot in at.slots]
+        unknown = next((row for row in rows if row is not None and row.outcome == "unknown"), None)
         doomed = self._interrupted(now) or (
             ("failed", f"{unknown.path} is unknown: {unknown.error}") if unknown else None
         )
@@ -331,8 +336,8 @@ class Execution:
                 return self._go_back(*doomed, now)
             return self._pause("; ".join(self._calls.stuck.values()), now)
         needs = Needs()
-        for slot in at.slots:
-            if self._ledger.row(slot.path) is None:
+        for slot, row in zip(at.slots, rows, strict=True):
+            if row is None:
                 if slot.kind in ("receive", "sleep"):
                     needs.wake_at.append(self._forward.until(slot))
                 else:
@@ -340,8 +345,7 @@ class Execution:
         return self._act(needs, now)
 
     def _act(self, needs: Needs, now: datetime) -> Decision:
-        soon = now + timedelta(seconds=limits.SUSPEND_SECONDS)
-        at_once = [work for work in needs.ready if work.not_before is None or work.not_before <= soon]
+        at_once = [work for work in needs.ready if work.not_before is None or work.not_before <= now + _SOON]
         held = bool(
             self._calls.flying or needs.alone or at_once or any(intent.kind == "step" for intent in needs.intents)
         )

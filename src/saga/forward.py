@@ -60,6 +60,12 @@ class Forward:
         self._consumed = 0
         self.body = self._new_body()
 
+    @property
+    def waits_for_calls_of_ours(self) -> bool:
+        """Whether only an end of this worker's own calls can answer the body, and no time or mail."""
+        at = self.body.position
+        return isinstance(at, At) and all(slot.kind in ("step", "transactional") for slot in at.slots)
+
     def advance(self, now: datetime) -> None:
         """Answer operations as long as their rows are there, or can be decided; pending rows are added.
 
@@ -69,17 +75,19 @@ class Forward:
         """
         while isinstance(at := self.body.position, At):
             self._check_order(at)
-            if any(self._ledger.row(slot.path) is None for slot in at.slots):
+            known = [self._ledger.row(slot.path) for slot in at.slots]
+            if None in known:
                 self._check_intents(at)
-            rows = [self._ledger.row(slot.path) or self._decide(slot, now) for slot in at.slots]
-            if any(row is None or row.outcome == "unknown" for row in rows):
+                known = [row or self._decide(slot, now) for slot, row in zip(at.slots, known, strict=True)]
+            rows = [row for row in known if row is not None and row.outcome != "unknown"]
+            if len(rows) < len(known):
                 return
             self._consumed += len(rows)
-            self._answer(at, [row for row in rows if row is not None])
+            self._answer(at, rows)
         self._check_end()
 
     def _answer(self, at: At, rows: list[TaskRow]) -> None:
-        moment = max(row.completed_at for row in rows)
+        moment = rows[0].completed_at if len(rows) == 1 else max(row.completed_at for row in rows)
         for row in rows:
             if row.outcome == "rejected":
                 self.body.reject(row.error or "", moment)
@@ -90,6 +98,10 @@ class Forward:
     def _value(self, slot: Slot, row: TaskRow) -> Any:
         try:
             if slot.call is not None:
+                known = self._ledger.ended.get(slot.path)
+                if known is not None and known.has_value:
+                    value, known.value, known.has_value = known.value, None, False  # handed out once: it may be changed
+                    return value
                 return slot.target.result.decode(row.output or "null")
             operation = slot.operation
             if isinstance(operation, DoReceive):
@@ -102,6 +114,8 @@ class Forward:
 
     def _check_order(self, at: At) -> None:
         rows, pending = self._ledger.rows, self._ledger.pending
+        if self._consumed == len(rows) + len(pending):
+            return
         index, slots = self._consumed, {slot.path: slot for slot in at.slots}
         total = len(rows) + len(pending)
         while index < total:
@@ -115,6 +129,8 @@ class Forward:
             index += 1
 
     def _check_intents(self, at: At) -> None:
+        if not self._ledger.intents:
+            return
         slots = {slot.path: slot for slot in at.slots}
         for intent in self._ledger.open_intents():
             slot = slots.get(intent.path)
@@ -133,16 +149,14 @@ class Forward:
 
     def _decide(self, slot: Slot, now: datetime) -> TaskRow | None:
         """The row that answers a slot, if what is known says so."""
+        ended = self._ledger.ended.get(slot.path)
+        if ended is not None:
+            return self._ledger.add(self.row_of(slot, ended), by_absence=ended.by_absence)
         if slot.kind == "pivot":
             return self._ledger.add(_row(slot, at=self.body.run.now(), is_next=True))
         if slot.kind == "sleep":
             return self._ledger.add(_row(slot, at=now)) if now >= self.until(slot) else None
-        if slot.kind == "receive":
-            return self._receive(slot, now)
-        ended = self._ledger.ended.get(slot.path)
-        if ended is None:
-            return None
-        return self._ledger.add(self.row_of(slot, ended), by_absence=ended.by_absence)
+        return self._receive(slot, now) if slot.kind == "receive" else None
 
     def _receive(self, slot: Slot, now: datetime) -> TaskRow | None:
         taken = {

@@ -9,7 +9,7 @@ Three layers, from hard to soft:
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -26,7 +26,7 @@ from saga.state import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Ended:
     """How a call ended, before the journal says so."""
 
@@ -37,6 +37,9 @@ class Ended:
     outbox: tuple[OutboxRow, ...] = ()
     is_external: bool = True
     """Whether nobody could find out again: an effect outside of the journal's transaction, seen by this worker only."""
+    value: object = None
+    """The output as it was read back from its journal form, where `has_value` says so."""
+    has_value: bool = False
     by_absence: bool = False
     """Whether it is so because something did not come; taken back where there is news."""
 
@@ -63,13 +66,13 @@ class Ledger:
 
     def add(self, row: TaskRow, *, by_absence: bool = False) -> TaskRow:
         """Decide a row; it is numbered here. After one that belongs to what comes next, so do all."""
-        is_next = row.is_next or (bool(self.pending) and self.pending[-1].is_next)
-        numbered = replace(row, seq=self._next_seq + len(self.pending), is_next=is_next)
-        self.pending.append(numbered)
-        self.by_path[row.path] = numbered
+        row.seq = self._next_seq + len(self.pending)
+        row.is_next = row.is_next or (bool(self.pending) and self.pending[-1].is_next)
+        self.pending.append(row)
+        self.by_path[row.path] = row
         if by_absence:
             self.by_absence.add(row.path)
-        return numbered
+        return row
 
     def forget_pending(self) -> None:
         """Undo every decision that is not written; what was told stays."""
@@ -114,4 +117,6 @@ class Ledger:
 
     def open_intents(self) -> Iterable[Intent]:
         """Intents whose call has no row yet."""
+        if not self.intents:
+            return ()
         return [intent for intent in self.intents.values() if intent.path not in self.by_path]

@@ -49,9 +49,9 @@ class OneArgument:
         """As `codec.Arguments.decode`."""
         return {"command": self._command.decode(text)}
 
-    def digest(self, values: dict[str, Any]) -> bytes:
-        """As `codec.Arguments.digest`."""
-        return self._command.digest(values["command"])
+    def recognise(self, values: dict[str, Any]) -> tuple[str | None, bytes]:
+        """As `codec.Arguments.recognise`."""
+        return None, self._command.digest(values["command"])
 
 
 class Remote(Target, Generic[C, R]):

@@ -11,7 +11,6 @@ Nothing of a body runs in the event loop: tasks, `asyncio.sleep` and clients of 
 import hashlib
 import inspect
 from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, cast, overload
@@ -111,14 +110,15 @@ class _Answer(Generic[R]):
 class Run:
     """One instance, as its body sees it. Every method that is awaited is journalled."""
 
-    __slots__ = ("_closed", "_counter", "_driven", "_id", "_now")
+    __slots__ = ("_closed", "_counter", "_id", "_now", "is_driven")
 
     def __init__(self, instance_id: UUID, started_at: datetime) -> None:
         """Made by the engine, once for each time that a body is run."""
         self._id: Final = instance_id
         self._now = started_at
         self._counter = 0
-        self._driven = False
+        self.is_driven = False
+        """For the driver: whether the body is running now, so that it may ask for operations."""
         self._closed = False
 
     @property
@@ -204,15 +204,6 @@ class Run:
         """A number from 0 up to 1; the same again when the body is run again."""
         return (int.from_bytes(self._random(7), "big") >> 3) / (1 << 53)
 
-    @contextmanager
-    def driven(self) -> Generator[None]:
-        """For the driver of the body: operations may be asked for inside the block."""
-        self._driven = True
-        try:
-            yield
-        finally:
-            self._driven = False
-
     def move(self, at: datetime) -> None:
         """For the driver: the journal's next fact is from then."""
         self._now = max(self._now, at)
@@ -236,7 +227,7 @@ class Run:
     def _require_driven(self, what: str) -> None:
         if self._closed:
             raise BodyClosed(f"{what}: this body is being closed; nothing is executed in finally blocks")
-        if not self._driven:
+        if not self.is_driven:
             raise BodyError(f"{what}: called outside the body; use run.parallel for several steps at once")
 
 

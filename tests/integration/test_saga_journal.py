@@ -61,7 +61,7 @@ async def test_a_checkpoint_journals_result_intent_message_and_state(saga_pool: 
     assert (found.kind, found.wakeups) == ("applied", 0)
     after = await row(saga_pool, lease.claimed.id)
     assert (after["checkpoint_no"], after["state"], after["lease_owner"] is not None) == (1, "running", True)
-    assert '"path": "ship#1"' in after["intents"]
+    assert '"path":"ship#1"' in after["intents"]
     assert await counts(saga_pool, lease.claimed.id) == (1, 1)
 
 
@@ -368,7 +368,7 @@ async def test_a_start_is_the_callers_to_commit(saga_pool: Pool) -> None:
         await start(tx.connection, starts("k", first=True))
     after = await saga_pool.fetchrow("select * from saga.workflow_instances")
     assert (after["state"], after["lease_owner"], after["ready_at"] is not None) == ("pending", None, True)
-    assert '"path": "charge#1"' in after["intents"]
+    assert '"path":"charge#1"' in after["intents"]
 
 
 async def test_a_start_that_loses_waits_and_finds_the_winner(saga_pool: Pool) -> None:

@@ -307,7 +307,7 @@ async def test_a_result_that_is_not_of_its_type_pauses_and_stays_open() -> None:
     row = await Scene(wrong_result, Order()).run()
     assert row.state == "paused"
     assert "its result cannot be written" in (row.paused_reason or "")
-    assert '"path": "wrong#1"' in (row.intents or "")
+    assert '"path":"wrong#1"' in (row.intents or "")
 
 
 # ------------------------------------------------------------------------------------------------ time and signals

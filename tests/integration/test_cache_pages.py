@@ -174,6 +174,7 @@ async def test_h41_the_old_create_of_a_key_that_the_page_lacks(
     assert (patched.parked, await rows(pool)) == (0, {})
     later = Kafka(first=1)
     later.put(renamed(LOW, "created again"), (6, 1))
+    await engine.prepare()  # takes the cache over again
     await consume(engine, later)
     assert await rows(pool) == {LOW: ("created again", [])}
 

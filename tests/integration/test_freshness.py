@@ -633,7 +633,7 @@ async def test_a_busy_cache_forgets_another_time(scene: Scene, caplog: pytest.Lo
     await scene.hear(Mark())
     caplog.set_level("INFO")
     async with scene.pool.acquire() as connection, connection.transaction():
-        await connection.execute("select outbox.hold_caches(array[$1])", TABLE)
+        await connection.execute("select outbox.hold_caches(array[$1], $2)", TABLE, "workflow")
         await scene.following._forget_if_due()
     assert "is busy" in caplog.text
     assert (await remembered(scene.pool)).pages == 1

@@ -334,7 +334,9 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
 
     async def paged(after: str | None, through: str | None, keys: list[str] | None, *, sees: str = "9:9:") -> None:
         await pages.SQL.lock_alone.execute(connection, caching.TABLE)
-        await apply.SQL.register.execute(connection, cached.oid, caching.TABLE, "c", "topic", False)
+        await apply.SQL.register.execute(
+            connection, cached.oid, caching.TABLE, "c", "topic", False, f'"{caching.TABLE}"'
+        )
         is_range = keys is None
         opened = await pages.SQL.open.fetchval(
             connection, cached.oid, caching.LOG, sees, is_range, after, through, cached.full_name

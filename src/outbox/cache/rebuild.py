@@ -54,7 +54,7 @@ _STUMBLES_MAX: Final = 5
 
 
 class _StartOverError(Exception):
-    """The pages merged so far do not count: the owner's log changed, or a partition halted."""
+    """The pages merged so far do not count: the owner's log changed, a partition halted, or events were lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Rebuild:
                     log.warning("rebuild of %s begins again: %s", self._parker, reason)
                     if free:
                         await self._free()
+                    await asyncio.sleep(next(pauses))
                     await self._take(anew=True)
                 except Exception as error:
                     stumbles = 1 if self._progress.pages > before else stumbles + 1
@@ -228,6 +229,9 @@ class Rebuild:
             connection, self._oid, self._worker, log_id, through, merged.rows, merged.written, merged.removed, last
         )
         if row is None:
+            holder = await SQL.holder.fetchrow(connection, self._oid)
+            if holder is not None and holder["worker"] is None:
+                raise _StartOverError("events passed the table by meanwhile")
             raise RebuildBusy(f"another process has taken over the rebuild of {self._parker}; this one stops")
         if last:
             await SQL.complete.execute(connection, self._oid, log_id)

@@ -69,25 +69,16 @@ select exists (select from outbox.caches c
 -- name: free
 -- Partitions of the cache's topic that stand still may go on with what Kafka has. What they lost is missing in every table
 -- that the consumer feeds from the topic, so all of those are incomplete until their own rebuild has ended, and what was
--- merged by rebuilds under way does not count: they lose their rows, and begin again.
--- Locks: those rows of positions, caches and rebuilds. Returns the caches, if any partition was freed.
+-- merged by rebuilds under way does not count: they begin again.
+-- Locks: those rows of positions, rebuilds and caches. Returns the caches, if any partition was freed.
 with freed as (
     update outbox.positions p set state = 'restarting', updated_at = clock_timestamp()
       from outbox.caches c
      where c.cache = $1::oid and p.consumer = c.consumer and p.topic = c.topic
        and p.state in ('recreated', 'needs_rebuild')
     returning p.consumer, p.topic
-), incomplete as (
-    update outbox.caches c set complete_log = null, updated_at = clock_timestamp()
-      from (select distinct f.consumer, f.topic from freed f) f
-     where c.consumer = f.consumer and c.topic = f.topic
-    returning c.cache, c.name
-), begun_again as (
-    update outbox.rebuilds r
-       set worker = null, lease_until = null, log_id = null, after_key = null, pages = 0, rows = 0, changed = 0, removed = 0
-      from incomplete i where r.cache = i.cache and r.finished_at is null
 )
-select i.name from incomplete i
+select i.name from (select distinct f.consumer, f.topic from freed f) f cross join lateral outbox.lose_events(f.consumer, f.topic) i(name)
 
 -- name: estimate
 -- About how many rows a table has, by the planner's statistics; -1 where there are none. Reads the catalogue.

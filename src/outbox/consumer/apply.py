@@ -18,6 +18,8 @@ Guarantees:
   *running maximum*, which begins at the stored mark, was applied before or stands earlier in this very batch. Late
   bytes of a zombie relay are such records.
 * The marks live in this process between batches: under its epoch nobody else writes them.
+* **Every cache of the consumer, or it is known not to be complete.** A batch of a process that does not know one of
+  them, such as an older release of the service, says of that one in its own transaction that it lacks events.
 * **Every table of a cache.** While a cache is rebuilt into a new generation, the batch goes into both tables. Which
   they are is asked under the lock that a swap needs for itself; where they are others than this process knows, the
   batch is rolled back, the tables are looked up, and it is done again.
@@ -30,12 +32,14 @@ from typing import Any, Final, TypeAlias
 
 from outbox import garbage, limits, postgres, retry, wire
 from outbox.cache import Cache
+from outbox.cache.table import quoted_name
 from outbox.consumer import retries
 from outbox.consumer.deliver import InboxTarget
 from outbox.consumer.inbox import Inbox
 from outbox.consumer.poison import Target as CacheTarget
 from outbox.consumer.record import Arrival, Record, arrival, event_id
 from outbox.consumer.target import Tally, Target, Work
+from outbox.errors import CacheDeclarationError
 from outbox.postgres import Connection, Pool
 
 SQL: Final = postgres.Statements("outbox", "consumer/apply.sql")
@@ -132,19 +136,26 @@ class Engine:
         self._targets: dict[str, list[Target]] = {}
         self._tables: list[int] = []
 
-    async def prepare(self) -> None:
+    async def prepare(self, *, takes_over: bool = True) -> None:
         """Check every cache against the database, and say there that this consumer feeds it.
 
+        Args:
+            takes_over: also a cache that another consumer feeds, whose batches are refused from then on.
+
         Raises:
-            CacheDeclarationError: one does not fit its table.
+            CacheDeclarationError: one does not fit its table, or is another consumer's.
         """
         targets: dict[str, list[Target]] = {}
         tables: list[int] = []
         await SQL.forget_dropped.execute(self._pool)
         for cache in self._caches:
             merge = await cache.prepare(self._pool)
-            notifies = cache.memory_max_rows is not None
-            await SQL.register.execute(self._pool, merge.table.oid, cache.table, self._consumer, cache.topic, notifies)
+            if not takes_over:
+                await self._check_consumer(cache.table, merge.table.oid)
+            known_as = merge.table.oid, cache.table
+            quoted, notifies = quoted_name(cache.table), cache.memory_max_rows is not None
+            await SQL.forget_renamed.execute(self._pool, *known_as, quoted)
+            await SQL.register.execute(self._pool, *known_as, self._consumer, cache.topic, notifies, quoted)
             feeds = [CacheTarget(cache, merge, cache.table)]
             if (spare := await SQL.spare.fetchrow(self._pool, cache.table)) is not None:
                 feeds.append(CacheTarget(cache, await cache.prepare(self._pool, spare["oid"]), spare["name"]))
@@ -155,6 +166,14 @@ class Engine:
         for other in self._others:
             targets.setdefault(other.topic, []).append(other)
         self._targets, self._tables = targets, tables
+
+    async def _check_consumer(self, name: str, oid: int) -> None:
+        feeds = await SQL.fed_by.fetchval(self._pool, oid)
+        if feeds is not None and feeds != self._consumer:
+            raise CacheDeclarationError(
+                f"cache {name}: consumer {feeds} feeds its table since it started, and two would undo each other's "
+                f"rows; stop {feeds} or this one, {self._consumer}, or give each a table of its own"
+            )
 
     async def database(self) -> str:
         """The name of the database."""
@@ -219,7 +238,7 @@ class Engine:
             try:
                 outcome = await self._commit_or_bisect(partition, batch)
             except _OtherTablesError:
-                await self.prepare()
+                await self.prepare(takes_over=False)
                 continue
             if not outcome.fenced:
                 partition.next_offset = batch.next_offset
@@ -281,6 +300,7 @@ class Engine:
 
     async def _advance(self, connection: Connection, partition: Partition, batch: _Batch) -> list[str] | None:
         """Take the locks, in this order, and move the position; returns who has parked keys, None when fenced."""
+        fed = [cache.table for cache in self._caches]
         moved = await SQL.advance.fetchrow(
             connection,
             self._consumer,
@@ -296,12 +316,14 @@ class Engine:
             [ordinal for _, ordinal in batch.marks.values()],
             [target.name for target in self._targets[partition.topic]],
             str(limits.BATCH_IDLE_SECONDS * 1000),
-            [cache.table for cache in self._caches],
+            fed,
         )
         if moved is None:
             return None
         if moved["tables"] != self._tables:
             raise _OtherTablesError
+        if moved["passes_by"]:
+            await SQL.lose_events.execute(connection, self._consumer, partition.topic, fed)
         parkers: list[str] = moved["parkers"]
         return parkers
 
@@ -333,7 +355,7 @@ class Engine:
                     waiting = [target for target in self._targets[partition.topic] if target.name in parkers]
                     return _outcome(0, [await retries.turn(connection, waiting, partition.number)])
             except _OtherTablesError:
-                await self.prepare()
+                await self.prepare(takes_over=False)
         raise TimeoutError(_SWAPPED)
 
 

@@ -3,20 +3,18 @@
 -- name: claim
 -- A partition for this process: the epoch grows, so that whoever had it is fenced. Waits for the row lock of a batch
 -- that the former owner has open, and then sees what that committed. $4 where a partition never read before begins; if
--- Kafka has deleted what was before it, the caches have a gap.
--- Locks: one row of positions, by primary key, and at most once the consumer's rows of caches.
+-- Kafka has deleted what was before it, the caches lack events.
+-- Locks: one row of positions, by primary key, and at most once the consumer's rows of rebuilds and caches.
 with claimed as (
     insert into outbox.positions as p (consumer, topic, partition, next_offset, owner)
     values ($1, $2, $3, $4, $5)
     on conflict (consumer, topic, partition) do update
        set epoch = p.epoch + 1, owner = excluded.owner, updated_at = clock_timestamp()
     returning next_offset, epoch, last_event_id, state
-), begun as (
-    update outbox.caches c set has_gap = true
-      from claimed n
-     where n.epoch = 1 and n.next_offset > 0 and c.consumer = $1 and c.topic = $2 and not c.has_gap
 )
-select next_offset, epoch, last_event_id, state from claimed
+select n.next_offset, n.epoch, n.last_event_id, n.state,
+       case when n.epoch = 1 and n.next_offset > 0 then array(select outbox.lose_events($1, $2)) end as incomplete
+  from claimed n
 
 -- name: stored_state
 -- What a partition that stands still is to do now. No lock; by primary key.
@@ -54,7 +52,9 @@ select a.log_id, a.shard, a.window_no, a.ordinal
 -- First statement of a batch: the compare-and-swap that locks the partition's row, and the marks of what the batch
 -- applies. No row comes back if the epoch or the offset is another one: then nothing was changed.
 -- Returns the parkers of $12 that have parked keys in the topic, and the tables of the caches $14, which stay the same
--- until the batch ends: their lock is shared by batches, and held alone by whoever merges a page. A process that is frozen from here on loses the batch.
+-- until the batch ends: their lock is shared by batches, and held alone by whoever merges a page. And whether the consumer
+-- has other caches of the topic, which this process does not feed, and which count as complete or are being completed.
+-- A process that is frozen from here on loses the batch.
 -- The batch's statements are planned each time: a plan kept from when the cache was empty reads all of it later.
 -- Locks: one row of positions, at most one row of applied a log and shard; by primary keys.
 with moved as (
@@ -71,10 +71,17 @@ with moved as (
        set window_no = excluded.window_no, ordinal = excluded.ordinal
 )
 select outbox.waiting_parkers($12, $2) as parkers,
-       outbox.hold_caches($14) as tables,
+       outbox.hold_caches($14, $1) as tables,
+       exists (select from outbox.caches c left join outbox.rebuilds r on r.cache = c.cache and r.finished_at is null
+                where c.consumer = $1 and c.topic = $2 and c.name <> all ($14)
+                  and (c.complete_log is not null or not c.has_gap or r.pages > 0 or r.worker is not null)) as passes_by,
        set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout,
        set_config('plan_cache_mode', 'force_custom_plan', true) as planning
   from moved
+
+-- name: lose_events
+-- The batch at hand reaches only the caches $3 of the consumer. Locks: the others' rows of rebuilds and caches.
+select outbox.lose_events($1, $2, $3)
 
 -- name: forget_dropped
 -- Tables that are gone take along what was known of them. Rows: caches of the database.
@@ -83,13 +90,45 @@ with dropped as (
 )
 delete from outbox.tombstones t using dropped d where t.cache = d.cache
 
+-- name: forget_renamed
+-- Where table $1 has taken the name $2 of another one, which is not called that (quoted: $3) any more, the other one is
+-- no cache's. By caches_name_role_key; rows: at most one of caches, and what is known of it.
+with renamed as (
+    delete from outbox.caches c
+     where c.name = $2 and c.role = 'live' and c.cache::oid is distinct from to_regclass($3)::oid
+       and not exists (select from outbox.caches s where s.cache = $1::oid and s.name = $2)
+    returning c.cache
+)
+delete from outbox.tombstones t using renamed r where t.cache = r.cache
+
+-- name: fed_by
+-- Which consumer feeds a table; null where none ever did. By primary key; at most one row.
+select c.consumer from outbox.caches c where c.cache = $1::oid
+
 -- name: register
 -- A consumer feeds this table for the cache of this name. The table may have been dropped and made anew, or join a
--- consumer that has begun: then events are missing that were applied before. Rows: 1.
+-- consumer that has begun: then events are missing that were applied before. Where another consumer fed it, or another
+-- topic did, it is incomplete until the owner's pages have been merged from now on, and so is its spare table.
+-- A table that has lost its name ($6, quoted) since it was found is not registered: its batches find out.
+-- Rows: 1 of caches, 2 and as many of rebuilds where it moves.
+with moved as (
+    select c.cache from outbox.caches c
+     where c.name = $2 and (c.consumer, c.topic) is distinct from ($3, $4)
+), begun_again as (
+    update outbox.rebuilds r
+       set worker = null, lease_until = null, log_id = null, after_key = null, pages = 0, rows = 0, changed = 0, removed = 0
+      from moved m where r.cache = m.cache and r.finished_at is null
+), spare as (
+    update outbox.caches c set consumer = $3, topic = $4, complete_log = null, updated_at = clock_timestamp()
+      from moved m where c.cache = m.cache and c.role = 'spare'
+)
 insert into outbox.caches as c (cache, name, consumer, topic, notifies, has_gap)
 select $1::oid, $2, $3, $4, $5, exists (select from outbox.positions p where p.consumer = $3 and p.topic = $4)
+ where to_regclass($6)::oid = $1::oid
 on conflict (cache) do update
    set consumer = excluded.consumer, topic = excluded.topic, name = excluded.name, notifies = excluded.notifies,
+       complete_log = case when (c.consumer, c.topic) = (excluded.consumer, excluded.topic) then c.complete_log end,
+       has_gap = c.has_gap or c.topic <> excluded.topic or c.consumer <> excluded.consumer and excluded.has_gap,
        updated_at = clock_timestamp()
  where (c.consumer, c.topic, c.name, c.notifies)
        is distinct from (excluded.consumer, excluded.topic, excluded.name, excluded.notifies)

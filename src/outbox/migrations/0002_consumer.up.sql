@@ -194,15 +194,32 @@ language sql immutable parallel safe as $$
 $$;
 comment on function outbox.page_sees is 'Whether a page of the owner already contains what an event reports; null where the event has no place in a log';
 
-create function outbox.hold_caches(p_names text[]) returns oid[] language plpgsql volatile as $$
+create function outbox.hold_caches(p_names text[], p_consumer text) returns oid[] language plpgsql volatile as $$
 begin
     -- 1868724274 is 'obx2'. Batches of a cache share the lock, whoever merges a page or swaps generations has it alone.
     -- The look comes after the lock, with a snapshot of its own.
     perform pg_advisory_xact_lock_shared(1868724274, hashtext(n.name)) from unnest(p_names) n(name) order by n.name;
-    return array(select c.cache::oid from outbox.caches c where c.name = any (p_names)
+    return array(select c.cache::oid from outbox.caches c where c.name = any (p_names) and c.consumer = p_consumer
                   order by array_position(p_names, c.name), c.role);
 end $$;
-comment on function outbox.hold_caches is 'Called first by every batch: the tables of these caches, which stay what they are until it ends';
+comment on function outbox.hold_caches is 'Called first by every batch: the tables of these caches that its consumer feeds, which stay what they are until it ends';
+
+create function outbox.lose_events(p_consumer text, p_topic text, p_fed text[] default '{}') returns setof text
+language plpgsql volatile as $$
+begin
+    -- Pages that were read before may lack the events, so rebuilds under way lose their progress and their worker. Their
+    -- rows are locked before those of caches, as by a page.
+    update outbox.rebuilds r
+       set worker = null, lease_until = null, log_id = null, after_key = null, pages = 0, rows = 0, changed = 0, removed = 0
+      from outbox.caches c
+     where c.consumer = p_consumer and c.topic = p_topic and c.name <> all (p_fed)
+       and r.cache = c.cache and r.finished_at is null;
+    return query
+        update outbox.caches c set complete_log = null, has_gap = true, updated_at = clock_timestamp()
+         where c.consumer = p_consumer and c.topic = p_topic and c.name <> all (p_fed)
+        returning c.name;
+end $$;
+comment on function outbox.lose_events is 'Events of a topic do not reach a consumer''s caches, but those that are named: until the owner''s pages have been merged from then on, they are incomplete; returns their names';
 
 create function outbox.waiting_parkers(p_parkers text[], p_topic text) returns text[] language sql stable
 set enable_seqscan = off as $$

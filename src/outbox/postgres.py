@@ -208,6 +208,14 @@ def drop(connection: "Connection") -> None:
         connection.terminate()
 
 
+def is_lost(connection: "Connection") -> bool:
+    """Whether it is closed; a pool takes one back whose server has said goodbye, and its proxy then refuses to say."""
+    try:
+        return connection.is_closed()
+    except asyncpg.InterfaceError:
+        return True
+
+
 @asynccontextmanager
 async def transact(connection: "Connection", **options: Any) -> AsyncIterator[None]:
     """A transaction of our own that never waits for a dead server.

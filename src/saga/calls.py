@@ -69,6 +69,7 @@ class Calls:
         """As the claim found them."""
         self._saga: Final = saga
         self._id: Final[UUID] = claimed.id
+        self._deadline_at: Final = claimed.deadline_at
         self._ledger: Final = ledger
         self.pivoted = claimed.pivoted
         self.flying: Final[dict[str, Work]] = {}
@@ -299,7 +300,7 @@ class Calls:
         if slot.kind == "remote":
             assert isinstance(slot.target, Remote)
             intent = replace(intent, until=now + timedelta(seconds=slot.target.timeout_seconds))
-            needs.outbox.append(messages.do(self._id, slot.target, intent, self._saga.reply_topic))
+            needs.outbox.append(messages.do(self._id, slot.target, intent, self._saga.reply_topic, self._deadline_at))
             assert intent.until is not None
             needs.wake_at.append(intent.until)
         elif isinstance(slot.operation, DoChild):

@@ -100,6 +100,12 @@ class Saga(Generic[A, R]):
         """Steps, contracts and child sagas that the code names: in its module, its closure, functions that it calls."""
         return _reachable(self.function)
 
+    @property
+    def has_remotes(self) -> bool:
+        """Whether it is known to send commands: by what its bodies did so far, or by what the code names."""
+        known = [*self._targets.values(), *self.reachable()]
+        return any(isinstance(target, Target) and target.kind == "remote" for target in known)
+
     def __repr__(self) -> str:
         return f"<saga {self.name} version {self.version}>"
 

@@ -82,3 +82,28 @@ TRANSACTIONS_AT_ONCE: Final = 8
 """Transactional steps of one worker at a time, each on a connection of its own."""
 TRANSACTIONAL_ATTEMPTS: Final = 20
 """Of a transactional step whose transaction was rolled back by a conflict or a lost connection, before it pauses."""
+
+# Participants.
+COMMAND_ATTEMPTS: Final = 5
+"""Of a command whose handler fails: tried after 1, 2, 4 and 8 s again, then its failure is the answer."""
+COMMAND_TIMEOUT_SECONDS: Final = 20.0
+"""For one call of a handler, which holds the transaction of a batch; less where the contract waits for less."""
+COMMAND_STRIKES: Final = 3
+"""So often a command may take its whole batch with it, by an error of the database; then its failure is the answer."""
+COMMANDS_STRUCK_MAX: Final = 1_000
+"""Such commands that a process remembers."""
+COMMANDS_KEPT_DAYS: Final = 7
+"""Tombstones and answers stay so long after the last word about them."""
+COMMAND_MAX_AGE_DAYS: Final = 6
+"""An older do is refused: its tombstone may be gone. The day in between is for clocks that differ."""
+COMMANDS_UNDOABLE_DAYS: Final = 30
+"""What can be undone stays so long after the deadline of its saga."""
+COMMANDS_FORGET_ROWS: Final = 5_000
+"""Deleted in one statement."""
+COMMANDS_FORGET_EVERY_SECONDS: Final = 60.0
+COMMANDS_CAREFUL_BATCHES: Final = 50
+"""After a refusal or a failure so many batches take a savepoint for each command from the start."""
+PATH_MAX_BYTES: Final = 1_024
+"""Of a step in a reply that is taken for one."""
+REMOTES_LOOK_SECONDS: Final = 1.0
+"""Between two looks at whether a saga has turned out to send commands."""

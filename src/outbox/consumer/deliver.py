@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from outbox import clock, limits, postgres
+from outbox import clock, postgres
 from outbox.cache import handlers
 from outbox.cache.fold import Fault, Step
 from outbox.cache.handlers import Handler
@@ -142,7 +142,12 @@ class InboxWork:
         known = await self.target.messages.receive(connection, self.ids)
         wanted = [delivery for identity, delivery in self.deliveries.items() if identity not in known]
         queues = _Queues()
-        retried = await self._try_those_due(connection, queues, wanted) if waiting and wanted else 0
+        retried = 0
+        if waiting and wanted:
+            keys = list({delivery.key for delivery in wanted})
+            parked_keys, retried = await retries.behind(connection, self.target, self.partition, keys)
+            for key in parked_keys:
+                queues.open(key, BEHIND)
         if careful:
             for delivery in queues.passing(wanted):
                 if (fault := await _alone(connection, delivery)) is not None:
@@ -159,21 +164,6 @@ class InboxWork:
             dropped=self.dropped + len(known),
             retried=retried,
         )
-
-    async def _try_those_due(self, connection: Connection, queues: "_Queues", wanted: Sequence[Delivery]) -> int:
-        """What waits for a key goes first, if its time has come; else the key's events queue. Returns how many went."""
-        until = clock.monotonic() + limits.RETRY_TURN_SECONDS
-        retried = 0
-        keys = list({delivery.key for delivery in wanted})
-        for row in await parking.SQL.waiting.fetch(connection, self.target.name, self.target.topic, keys):
-            is_in_time = not retried or clock.monotonic() <= until
-            if row["due"] and retried < limits.RETRY_MAX_EVENTS and is_in_time:
-                found = await retries.retry(connection, self.target, self.partition, row["key"], until)
-                retried += found.events
-                if found.is_free:
-                    continue
-            queues.open(row["key"], BEHIND)
-        return retried
 
 
 class _Queues:

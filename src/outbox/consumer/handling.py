@@ -7,7 +7,7 @@ apart is decided here, for inboxes and whatever else calls handlers.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 from outbox import postgres, retry
 from outbox.errors import HandlerFailed, TransactionClosed
@@ -15,6 +15,8 @@ from outbox.postgres import Connection
 from outbox.transaction import Transaction, transaction
 
 SQL: Final = postgres.Statements("outbox", "consumer/handling.sql")
+
+T = TypeVar("T")
 
 _CAUSES_MAX: Final = 10
 """How many wrappings an error is looked through."""
@@ -39,20 +41,20 @@ async def alone(connection: Connection, handler: Callable[[Transaction], Awaitab
                 is_lost = is_transient(connection, error) or await _has_hurt(connection, error)
                 raise
     except Exception as error:
-        if is_lost or not connection.is_in_transaction() or is_transient(connection, error):
+        if is_lost or is_transient(connection, error) or not connection.is_in_transaction():
             raise
         return error
     return None
 
 
-async def call(handling: Awaitable[object]) -> None:
+async def call(handling: Awaitable[T]) -> T:
     """Await a handler; a cancellation that nobody asked this task for is an error of the handler's own.
 
     Raises:
         HandlerFailed: it awaited something that somebody else had cancelled.
     """
     try:
-        await handling
+        return await handling
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():
@@ -81,7 +83,7 @@ def require_transaction(connection: Connection, error: BaseException | None = No
     Raises:
         TransactionClosed: it ended the batch's transaction.
     """
-    if not connection.is_closed() and not connection.is_in_transaction():
+    if not postgres.is_lost(connection) and not connection.is_in_transaction():
         raise TransactionClosed(
             "a handler ended the batch's transaction, so that parts of the batch are committed without the rest: leave "
             "COMMIT and ROLLBACK to the consumer, and nest outbox.transaction(tx) instead"
@@ -90,7 +92,7 @@ def require_transaction(connection: Connection, error: BaseException | None = No
 
 def is_transient(connection: Connection, error: BaseException) -> bool:
     """Whether the database is in trouble: by an SQLSTATE, wherever in the chain of causes, or by a lost connection."""
-    if connection.is_closed():
+    if postgres.is_lost(connection):
         return True
     cause: BaseException | None = error
     for _ in range(_CAUSES_MAX):

@@ -82,6 +82,25 @@ async def turn(connection: Connection, targets: Sequence[Target], partition: int
     return tally
 
 
+async def behind(connection: Connection, target: Target, partition: int, keys: Sequence[str]) -> tuple[list[str], int]:
+    """Which of a batch's keys wait, so that its events queue behind them; how many events were applied meanwhile.
+
+    What waits for a key goes first, if its time has come.
+    """
+    until = clock.monotonic() + limits.RETRY_TURN_SECONDS
+    waiting: list[str] = []
+    applied = 0
+    for row in await parking.SQL.waiting.fetch(connection, target.name, target.topic, keys):
+        is_in_time = not applied or clock.monotonic() <= until
+        if row["due"] and applied < limits.RETRY_MAX_EVENTS and is_in_time:
+            found = await retry(connection, target, partition, row["key"], until)
+            applied += found.events
+            if found.is_free:
+                continue
+        waiting.append(row["key"])
+    return waiting, applied
+
+
 async def retry(connection: Connection, target: Target, partition: int, key: str, until: float) -> Retried:
     """Try one key, whose row the transaction has locked; what time `until` does not suffice for stays due."""
     name, topic = target.name, target.topic
@@ -92,15 +111,15 @@ async def retry(connection: Connection, target: Target, partition: int, key: str
         await SQL.applied.execute(connection, [row["id"] for row in rows[: replayed.applied]])
     if replayed.fault is None:
         return Retried(replayed.applied, await SQL.free.fetchval(connection, name, topic, key))
-    await _fail(connection, target, key, replayed.fault)
+    await _fail(connection, target, key, replayed.fault, is_another=replayed.applied > 0)
     return Retried(replayed.applied, is_free=False)
 
 
-async def _fail(connection: Connection, target: Target, key: str, fault: Fault) -> None:
+async def _fail(connection: Connection, target: Target, key: str, fault: Fault, *, is_another: bool) -> None:
     reason, detail = parking.texts(fault)
     await SQL.failed.execute(
         connection, target.name, target.topic, key, reason, detail,
-        limits.PARKED_RETRY_FIRST_SECONDS, limits.PARKED_RETRY_MAX_SECONDS, limits.PARKED_RETRY_ATTEMPTS,
+        limits.PARKED_RETRY_FIRST_SECONDS, limits.PARKED_RETRY_MAX_SECONDS, limits.PARKED_RETRY_ATTEMPTS, is_another,
     )  # fmt: skip
 
 

@@ -45,9 +45,12 @@ with freed as (
 select exists (select from freed)
 
 -- name: failed
--- The key goes on waiting: twice as long as the last time, from $6 seconds to $7, and after $8 attempts for a person.
+-- The key goes on waiting: twice as long as the last time, from $6 seconds to $7, and after $8 attempts for a person. Where
+-- another event is the first one now ($9), its attempts are counted anew.
 update outbox.parked_keys k
-   set reason = $4, detail = $5, attempts = k.attempts + 1,
-       retry_at = case when k.attempts + 1 < $8::integer
-                       then clock_timestamp() + make_interval(secs => least($7::float8, $6::float8 * 2 ^ (k.attempts + 1))) end
+   set reason = $4, detail = $5, attempts = n.attempts,
+       retry_at = case when n.attempts < $8::integer
+                       then clock_timestamp() + make_interval(secs => least($7::float8, $6::float8 * 2 ^ n.attempts)) end
+  from (select case when $9 then 0 else o.attempts + 1 end as attempts
+          from outbox.parked_keys o where o.parker = $1 and o.topic = $2 and o.key = $3) n
  where k.parker = $1 and k.topic = $2 and k.key = $3

@@ -1,0 +1,2 @@
+drop table saga.stray_replies;
+drop table saga.commands;

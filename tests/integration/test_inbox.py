@@ -60,7 +60,8 @@ async def test_effects_emits_ids_and_position_commit_together(pool: Pool, engine
     assert (outcome.applied, outcome.unknown, outcome.dropped, outcome.parked) == (3, 1, 0, 0)
     assert await notes(pool) == [(agent, "a"), (agent, "b"), (agent, "gone")]
     assert await emitted(pool) == [(str(agent), "a"), (str(agent), "b")]
-    assert await pool.fetchval("select count(*) from outbox.inbox_messages where inbox = $1", NAME) == 3
+    ids = await pool.fetch("select distinct message_id from outbox.inbox_messages where inbox = $1", NAME)
+    assert len(ids) == 3
     assert await pool.fetchval("select next_offset from outbox.positions") == 4
 
 
@@ -481,6 +482,56 @@ async def test_the_same_message_in_two_partitions_at_the_same_moment(pool: Pool,
     assert await notes_of(pool, agent) == ["a"]
 
 
+async def message_around_midnight(pool: Pool, engine: Engine) -> int:
+    """One message in two partitions: a batch that began a second before midnight, and one that began a second after.
+
+    Returns how often it had its effect.
+    """
+    await pool.execute("create table shift (seconds float8 not null)")
+    await pool.execute("insert into shift values (-1)")
+    await break_function(
+        pool, "inbox_day", "floor(extract(epoch from p_at) / 86400)",
+        "floor((extract(epoch from p_at - now()) + (select s.seconds from public.shift s) + 86400 * 20000) / 86400)",
+    )  # fmt: skip
+    agent = uuid4()
+    first, second = Kafka(), Kafka()
+    foreign(first, agent, "a", b"1")
+    foreign(second, agent, "a", b"1")
+    received, go_on = asyncio.Event(), asyncio.Event()
+    calls = 0
+
+    async def hold(site: str, side: str) -> None:
+        nonlocal calls
+        if site.endswith(".receive") and side == "after":
+            calls += 1
+            if calls == 2:  # the first call asks for the day
+                received.set()
+                await go_on.wait()
+
+    crash_sites.hook = hold
+    one = asyncio.create_task(consume(engine, first, number=0))
+    await received.wait()
+    await pool.execute("update shift set seconds = 1")
+    other = asyncio.create_task(consume(engine, second, number=1))
+    waiting = "select exists (select from pg_stat_activity where wait_event_type = 'Lock')"
+    while not other.done() and not await pool.fetchval(waiting):
+        pass
+    go_on.set()
+    await asyncio.gather(one, other)
+    return len(await notes_of(pool, agent))
+
+
+async def test_the_same_message_in_two_partitions_on_both_sides_of_midnight(pool: Pool, engine: Engine) -> None:
+    assert await message_around_midnight(pool, engine) == 1
+
+
+async def test_without_a_look_into_yesterdays_slot_it_has_two_effects(pool: Pool, engine: Engine) -> None:
+    with broken_statement(
+        messages.SQL, "receive", "make_interval(secs => $5::float8)", "make_interval(secs => $5::float8 * 0)"
+    ):
+        assert await message_around_midnight(pool, engine) == 2
+
+
 async def test_a_parked_message_is_known_too(pool: Pool, engine: Engine) -> None:
     agent = uuid4()
     kafka = Kafka()
@@ -716,7 +767,7 @@ async def test_receiving_uses_the_index_of_each_slot(pool: Pool) -> None:
         day = await connection.fetchval("select outbox.inbox_day()")
         slots = [(day - days) % 9 for days in range(8)]
         ids = [str(uuid4()) for _ in range(1_000)]
-        found = await connection.fetch("explain " + messages.SQL.receive.text, NAME, ids, day, slots)
+        found = await connection.fetch("explain " + messages.SQL.receive.text, NAME, ids, day, slots, 0.0)
         plan = "\n".join(row[0] for row in found)
         assert "Seq Scan on inbox_messages" not in plan
         assert plan.count("Index Only Scan using inbox_messages_slot_") == 8

@@ -13,6 +13,8 @@ Guarantees:
 * Ids of several days are never in each other's way: a slot is emptied by TRUNCATE, which costs nothing a row, a day
   before it is filled again. No batch looks into it on that day, so its lock is free; where it is not, the next look is
   soon. A slot that could not be emptied in time keeps its old ids for nine days more, which harms nobody.
+* Two batches that have the same message at the same moment take turns by the unique index of the day's slot, around
+  midnight by that of the day before: the second one waits for the first, and knows the message then.
 * A crash before COMMIT leaves neither effect nor id.
 
 The day is the database's: a consumer remembers which it was, and is told when it is another one.
@@ -38,6 +40,8 @@ SQL: Final = postgres.Statements("outbox", "consumer/messages.sql")
 
 RETENTION_DAYS: Final = 7
 _SLOTS: Final = RETENTION_DAYS + 2
+_EARLY_SECONDS: Final = 2 * limits.BATCH_TIMEOUT_SECONDS
+"""After midnight, when batches of the day before may still be open."""
 _UUID: Final = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -73,7 +77,7 @@ class Messages:
         while True:
             today = self._today
             slots = [(today - days) % _SLOTS for days in range(_SLOTS - 1)]
-            row = await SQL.receive.fetchrow(connection, self._inbox, ids, today, slots)
+            row = await SQL.receive.fetchrow(connection, self._inbox, ids, today, slots, _EARLY_SECONDS)
             assert row is not None
             if row["today"] == today:
                 return frozenset(row["known"])

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _PERSIST_AFTER_SECONDS: Final = 1.0
 _MISSING_TOPIC_PAUSE_SECONDS: Final = 0.5
+_STOP_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +150,9 @@ class _Tenure:
             await self._drain()
             await self._wakeup.close()
         finally:
-            waker.cancel()
-            comparing.cancel()
+            for task in (waker, comparing):
+                task.cancel()
+            await asyncio.wait({waker, comparing}, timeout=_STOP_SECONDS)
             await self._watermarks.stop()
             await self._publisher.stop()
 

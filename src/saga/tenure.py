@@ -150,7 +150,8 @@ class Tenure:
             self._room.clear()
             await self._room.wait()
             return
-        self.heartbeat.check()
+        if not self.heartbeat.is_held:
+            await self.heartbeat.lost.wait()
         limit = min(room, limits.CLAIM_MAX_INSTANCES)
         leases = await journal.claim(connection, self.worker_id, limit, list(self._sagas))
         for lease in leases:

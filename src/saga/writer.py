@@ -133,10 +133,8 @@ class Writer:
                 raise
             if len(group) == 1:
                 group[0].fail(ValueRefusedError(str(error)))
-                return
-            half = len(group) // 2
-            await self._write(connection, group[:half])
-            await self._write(connection, group[half:])
+            else:
+                await self._halve(connection, group)
             return
         self.groups += 1
         entries = {entry.checkpoint.id: entry for entry in group}
@@ -148,6 +146,12 @@ class Writer:
                 task = asyncio.create_task(self._write_alone(entries[row.id]), name=f"locked instance {row.id}")
                 self._waiting.add(task)
                 task.add_done_callback(self._waiting.discard)
+
+    async def _halve(self, connection: Connection, group: Sequence[_Entry]) -> None:
+        """Find who is guilty; the others are written."""
+        half = len(group) // 2
+        await self._write(connection, group[:half])
+        await self._write(connection, group[half:])
 
     async def _write_alone(self, entry: _Entry) -> None:
         """Wait for the row, some time at a time, so that a few that are locked for long do not keep out others."""

@@ -8,12 +8,11 @@ import pytest
 
 import outbox
 from outbox import Pool
-from saga import Conflict, Failed, NotWaiting, Rejected, Retry, Run, StepContext, Unknown, saga, step
+from saga import Conflict, Failed, NotWaiting, Rejected, Run, saga
 from tests.support.saga_worker import (
     HOUR,
     Approval,
     Order,
-    Service,
     approved,
     both,
     charge,
@@ -23,6 +22,7 @@ from tests.support.saga_worker import (
     reaches,
     recorded,
     reserve,
+    settled,
     shop,
     state,
     working,
@@ -70,24 +70,6 @@ async def test_a_step_at_most_once_that_may_have_happened_is_undone(saga_pool: P
     assert service.counts["send"] == 1
     assert await effects(saga_pool) == ["reserve", "send", "unsend", "release"]
     assert ("send#1", "unknown") in await journal_of(saga_pool, handle.id)
-
-
-@step(retry=Retry(1), timeout=5, settle=0)
-async def send(ctx: StepContext[Service], order: Order) -> str:
-    await ctx.deps.act("send", order, ctx)
-    return "sent"
-
-
-@send.compensation
-async def unsend(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
-    assert isinstance(done, Unknown)
-    await ctx.deps.act("unsend", order, ctx)
-
-
-@saga("settled", deadline=HOUR)
-async def settled(run: Run, order: Order) -> str:
-    await run(reserve(order))
-    return await run(send(order))
 
 
 async def test_parallel_branches_are_under_way_together(saga_pool: Pool) -> None:

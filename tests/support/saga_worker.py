@@ -105,6 +105,24 @@ async def shop(run: Run, order: Order) -> str:
     return f"{shelf} {paid} {await run(ship(order))}"
 
 
+@step(retry=Retry(1), timeout=5, settle=0)
+async def send(ctx: StepContext[Service], order: Order) -> str:
+    await ctx.deps.act("send", order, ctx)
+    return "sent"
+
+
+@send.compensation
+async def unsend(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
+    assert isinstance(done, Unknown)
+    await ctx.deps.act("unsend", order, ctx)
+
+
+@saga("settled", deadline=HOUR)
+async def settled(run: Run, order: Order) -> str:
+    await run(reserve(order))
+    return await run(send(order))
+
+
 @saga("both", deadline=HOUR)
 async def both(run: Run, order: Order) -> str:
     shelf, paid = await run.parallel(reserve(order), charge(order))

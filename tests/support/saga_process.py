@@ -12,20 +12,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from subprocess import Popen
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import asyncpg
 import psutil
 
 from outbox import Pool
+from saga.lease import Heartbeat
 from saga.settings import Settings
 from saga.worker import Worker
 from tests.support.faults import Fault, Injector, eventually
-from tests.support.saga_worker import QUICK, Service, approved, both, recorded, shop
+from tests.support.saga_worker import QUICK, Service, approved, both, packed, recorded, settled, shop
 
 _ROOT: Final = Path(__file__).parents[2]
 SETTINGS: Final = QUICK
-SAGAS: Final = (shop, both, approved, recorded)
+SAGAS: Final = (shop, packed, both, approved, recorded, settled)
 
 
 def make(pool: Pool, settings: Settings) -> Worker:
@@ -62,14 +63,14 @@ class WorkerProcess:
 
 @contextmanager
 def worker_process(
-    url: str, fault: Fault | None = None, *, visits: Path | None = None, **settings: Any
+    url: str, fault: Fault | None = None, *, without: str | None = None, **settings: Any
 ) -> Iterator[WorkerProcess]:
-    """A worker of all sagas of `saga_worker`, killed at the end at the latest."""
+    """A worker of all sagas of `saga_worker`, killed at the end at the latest; `without`: a rule that it breaks."""
     order = json.dumps(
         {
             "url": url,
             "fault": asdict(fault) if fault else None,
-            "visits": str(visits) if visits else None,
+            "without": without,
             "settings": {**QUICK.model_dump(include=_QUICK), **settings},
         }
     )
@@ -84,8 +85,10 @@ _QUICK: Final = {"worker_lease_seconds", "idle_after_seconds"}
 
 
 async def _main(order: Mapping[str, Any]) -> None:
+    if order["without"] == "lease check":
+        cast("Any", Heartbeat).check = lambda _self: None
     fault = Fault(**order["fault"]) if order["fault"] else None
-    Injector(fault, Path(order["visits"]) if order["visits"] else None).install()
+    Injector(fault).install()
     async with (
         asyncpg.create_pool(order["url"], min_size=1, max_size=12) as pool,
         make(pool, Settings(**order["settings"])) as worker,

@@ -113,7 +113,6 @@ async def send(ctx: StepContext[Service], order: Order) -> str:
 
 @send.compensation
 async def unsend(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
-    assert isinstance(done, Unknown)
     await ctx.deps.act("unsend", order, ctx)
 
 
@@ -121,6 +120,24 @@ async def unsend(ctx: StepContext[Service], done: str | Unknown, order: Order) -
 async def settled(run: Run, order: Order) -> str:
     await run(reserve(order))
     return await run(send(order))
+
+
+@step(retry=SOON, settle=0)
+async def pack(ctx: StepContext[Service], order: Order) -> str:
+    await ctx.deps.act("pack", order, ctx)
+    return "packed"
+
+
+@pack.compensation(retry=SOON)
+async def unpack(ctx: StepContext[Service], done: str | Unknown, order: Order) -> None:
+    await ctx.deps.act("unpack", order, ctx)
+
+
+@saga("packed", deadline=HOUR)
+async def packed(run: Run, order: Order) -> str:
+    shelf = await run(reserve(order))
+    paid = await run(charge(order))
+    return f"{shelf} {paid} {await run(pack(order))}"
 
 
 @saga("both", deadline=HOUR)

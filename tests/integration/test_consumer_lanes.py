@@ -391,6 +391,41 @@ async def test_a_full_park_stops_one_partition_until_there_is_room(
     assert await pool.fetchval("select count(*) from outbox.parked_events") == 1
 
 
+async def test_a_full_park_makes_room_by_itself_once_the_cause_is_mended(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partition waits nearly all the time, when nobody else may try what is parked; so a batch that finds no room does.
+
+    Seen red: without `_make_room` the partition stands still until a look for due keys happens to meet it running.
+    """
+    monkeypatch.setattr(limits, "PARKED_MAX_EVENTS", 1)
+    await create_notes(pool)
+    inbox = Inbox("mended", topic=TOPIC)
+    broken = {"first", "second"}
+
+    @inbox.on
+    async def note(tx: Transaction, event: AgentRenamed) -> None:
+        if event.agent_name in broken:
+            raise RuntimeError
+        await tx.execute("insert into notes (agent_id, note) values ($1, $2)", event.agent_id, event.agent_name)
+
+    broker = Broker()
+    for number, name in enumerate(["first", "second", "third"]):
+        broker.log.put(AgentRenamed(agent_id=UUID(int=number), agent_name=name), (1, number))
+    lanes = await started(await make_engine(pool, inbox), broker)
+    await poll(lanes, broker, 1)
+    await poll(lanes, broker)
+    assert (lanes.totals.parked, lanes.failures) == (1, 1)
+    broken.remove("first")
+    await pool.execute("update outbox.parked_keys set retry_at = now()")
+    for _ in range(2):
+        await reached(lanes, State.RUNNING)
+        await poll(lanes, broker)
+    assert [note for _, note in await notes(pool)] == ["first", "third"]
+    assert lanes.totals.parked == 2
+    await lanes.close()
+
+
 async def test_a_revocation_waits_for_the_open_batch(pool: Pool, engine: Engine) -> None:
     broker = Broker()
     agent = uuid4()

@@ -135,6 +135,8 @@ class Lanes:
                     return
                 outcome = await self._apply(lane, partition, records)
             except Exception as error:  # noqa: BLE001 - whatever it was, the records are read again; nothing may reach FastStream
+                if isinstance(error, ParkingFull):
+                    await self._make_room(lane, partition)
                 self._stumble(lane, error)
                 return
             except asyncio.CancelledError as error:  # of a lane that goes on, or its records would pass for a gap
@@ -304,6 +306,17 @@ class Lanes:
             self.totals += outcome
             if outcome.fenced:
                 self._stumble(lane, None)
+
+    async def _make_room(self, lane: Lane, partition: Partition) -> None:
+        """The park is full, so the lane is about to wait, when nobody may try what is parked: do so before, if it is due."""
+        try:
+            retried = True
+            while retried and lane.state is State.RUNNING:
+                outcome = await self._engine.retry(partition)
+                self.totals += outcome
+                retried = outcome.retried > 0
+        except Exception as error:  # noqa: BLE001 - as in `_retry`; the lane claims again anyway
+            self._complain_of_retry(f"{lane.at}: parked keys were not tried", error)
 
     def _complain_of_retry(self, what: str, error: Exception) -> None:
         self.failures += 1

@@ -42,9 +42,10 @@ fmt: setup ## Format, and fix what can be fixed safely
 faults: setup ## Run the fault-injection tests (minutes)
 	$(BIN)/python -m pytest -q -m faults --durations=15
 
-bench: setup ## Measure the relay and the consumer against their peers
+bench: setup ## Measure the relay, the consumer and sagas against their limits and peers
 	$(BIN)/python -m benchmarks.relay
 	$(BIN)/python -m benchmarks.cache
+	$(BIN)/python -m benchmarks.saga
 
 kafka-jars: setup ## Fetch Apache Kafka for the tests that need it (Java 17 and Maven)
 	$(BIN)/python -m tests.support.kafka_server

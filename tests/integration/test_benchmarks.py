@@ -42,6 +42,22 @@ PROMISED_OF_CONSUMERS = {
     "rebuild_offered_events_per_second": "events/s",
 }
 
+PROMISED_OF_SAGAS = {
+    "saga_per_second_c1": "sagas/s",
+    "saga_per_second_c20": "sagas/s",
+    "saga_per_second_c200": "sagas/s",
+    "saga_per_second_c1000": "sagas/s",
+    "checkpoint_floor_per_second_c200": "sagas/s",
+    "share_of_floor_c200": "ratio",
+    "step_p50_ms": "ms",
+    "step_p99_ms": "ms",
+    "commits_per_step_c200": "commits",
+    "wal_bytes_per_saga_c200": "bytes",
+    "saga10_per_second_c200": "sagas/s",
+    "compensated_per_second_c200": "sagas/s",
+    "takeover_10k_seconds": "s",
+}
+
 
 def benchmark(*arguments: str, module: str = "relay") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -116,14 +132,40 @@ def test_consumers_values_make_sense(of_consumers: dict[str, dict[str, object]])
     )
 
 
-@pytest.mark.parametrize("module", ["relay", "cache"])
+@pytest.fixture(scope="module")
+def of_sagas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    return measured("saga", tmp_path_factory.mktemp("benchmark"))
+
+
+@pytest.mark.timeout(420)
+def test_sagas_every_promised_metric_is_there_and_steps_share_commits(of_sagas: dict[str, dict[str, object]]) -> None:
+    assert {metric: of_sagas[metric]["unit"] for metric in PROMISED_OF_SAGAS} == PROMISED_OF_SAGAS
+    assert all(isinstance(row["n"], int) and row["n"] > 0 for row in of_sagas.values())
+    assert number(of_sagas, "commits_per_step_c1") < 2  # a start and three checkpoints for three steps, and a few more
+    assert number(of_sagas, "commits_per_step_c200") < 0.2
+
+
+@pytest.mark.parametrize("module", ["relay", "cache", "saga"])
 def test_help_has_examples(module: str) -> None:
     done = benchmark("--help", module=module)
     assert done.returncode == 0
     assert "--json figures.json" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["relay", "cache"])
+@pytest.fixture(scope="module")
+def of_sagas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    return measured("saga", tmp_path_factory.mktemp("benchmark"))
+
+
+@pytest.mark.timeout(420)
+def test_sagas_every_promised_metric_is_there_and_steps_share_commits(of_sagas: dict[str, dict[str, object]]) -> None:
+    assert {metric: of_sagas[metric]["unit"] for metric in PROMISED_OF_SAGAS} == PROMISED_OF_SAGAS
+    assert all(isinstance(row["n"], int) and row["n"] > 0 for row in of_sagas.values())
+    assert number(of_sagas, "commits_per_step_c1") < 2  # a start and three checkpoints for three steps, and a few more
+    assert number(of_sagas, "commits_per_step_c200") < 0.2
+
+
+@pytest.mark.parametrize("module", ["relay", "cache", "saga"])
 def test_an_unknown_part_is_refused(module: str) -> None:
     done = benchmark("--only", "everything", module=module)
     assert done.returncode == 2

@@ -152,19 +152,6 @@ def test_help_has_examples(module: str) -> None:
     assert "--json figures.json" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def of_sagas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    return measured("saga", tmp_path_factory.mktemp("benchmark"))
-
-
-@pytest.mark.timeout(420)
-def test_sagas_every_promised_metric_is_there_and_steps_share_commits(of_sagas: dict[str, dict[str, object]]) -> None:
-    assert {metric: of_sagas[metric]["unit"] for metric in PROMISED_OF_SAGAS} == PROMISED_OF_SAGAS
-    assert all(isinstance(row["n"], int) and row["n"] > 0 for row in of_sagas.values())
-    assert number(of_sagas, "commits_per_step_c1") < 2  # a start and three checkpoints for three steps, and a few more
-    assert number(of_sagas, "commits_per_step_c200") < 0.2
-
-
 @pytest.mark.parametrize("module", ["relay", "cache", "saga"])
 def test_an_unknown_part_is_refused(module: str) -> None:
     done = benchmark("--only", "everything", module=module)

@@ -41,6 +41,8 @@ WATERMARK_MAX_PARKED: Final = 1_000
 CONSUMER_MAX_RECORDS: Final = 4_000
 BATCHES_IN_FLIGHT: Final = 3
 """Batches that one consumer applies, or that wait for the one before them in their partition, while it polls."""
+SLOW_BATCH_SECONDS: Final = 2.0
+"""While so many are open and none ends in this time, those that wait behind another one of their partition give way."""
 FETCH_PARTITION_BYTES: Final = 262_144
 """As they are stored, compressed; a batch of the relay that is larger is fetched whole."""
 PARKED_MAX_EVENTS: Final = 100_000

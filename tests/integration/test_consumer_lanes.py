@@ -33,6 +33,7 @@ from tests.support.faults import eventually
 from tests.support.inboxes import create_notes, make_inbox, notes
 
 AT = TopicPartition(TOPIC, 0)
+OTHER = TopicPartition(TOPIC, 1)
 
 
 @dataclass
@@ -394,7 +395,7 @@ async def test_a_full_park_stops_one_partition_until_there_is_room(
 async def test_a_full_park_makes_room_by_itself_once_the_cause_is_mended(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its partition waits nearly all the time, when nobody else may try what is parked; so a batch that finds no room does.
+    """Its partition waits nearly all the time, and nobody tries what is parked then; so a batch without room does.
 
     Seen red: without `_make_room` the partition stands still until a look for due keys happens to meet it running.
     """
@@ -528,6 +529,91 @@ async def test_polls_wait_while_enough_batches_are_open(engine: Engine, monkeypa
     go_on.set()
     async with asyncio.timeout(10):
         await taken
+
+
+class TwoPartitions(Broker):
+    """A consumer's view of a second partition as well, which is never paused and reads another log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Broker()
+
+    def of(self, at: TopicPartition) -> Broker:
+        return self if at == AT else self.other
+
+    def assignment(self) -> set[TopicPartition]:
+        return {AT, OTHER}
+
+    def pause(self, *partitions: TopicPartition) -> None:
+        for at in partitions:
+            self.of(at).paused = True
+
+    def resume(self, *partitions: TopicPartition) -> None:
+        for at in partitions:
+            self.of(at).paused = False
+
+    def seek(self, at: TopicPartition, offset: int) -> None:
+        self.of(at).at = offset
+
+    async def position(self, at: TopicPartition) -> int:
+        return self.of(at).at
+
+    async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 0)
+
+    async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return {at: len(self.of(at).log.records) for at in partitions}
+
+
+async def test_a_slow_batch_does_not_keep_other_partitions_from_theirs(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was fetched behind it gives way, and is read again when it is over: nothing is lost, or out of order.
+
+    Red without `_set_aside`: the partition's own batches fill all places until the slow one is over.
+    """
+    monkeypatch.setattr(limits, "SLOW_BATCH_SECONDS", 0.05)
+    await create_notes(pool)
+    inbox = Inbox("slow", topic=TOPIC)
+    go_on = asyncio.Event()
+
+    @inbox.on
+    async def slow(tx: Transaction, event: AgentRenamed) -> None:
+        if event.agent_name == "slow":
+            await go_on.wait()
+        await tx.execute("insert into notes (agent_id, note) values ($1, $2)", event.agent_id, event.agent_name)
+
+    broker = TwoPartitions()
+    names = ["slow", *"abcdef"]
+    for number, name in enumerate(names):
+        broker.log.put(AgentRenamed(agent_id=UUID(int=1), agent_name=name), (1, number))
+    broker.other.log.put(AgentRenamed(agent_id=UUID(int=2), agent_name="other"), (1, 100)).partition = 1
+    lanes = make_lanes(await make_engine(pool, inbox), broker)
+    lanes.assigned([AT, OTHER])
+
+    async def both_run() -> bool:
+        return lanes.states == {AT: State.RUNNING, OTHER: State.RUNNING}
+
+    async def all_there() -> bool:
+        await lanes.take(cast("Any", broker.fetch(1)))
+        return len(await notes(pool)) == len(names) + 1
+
+    await eventually(both_run, what="both partitions run")
+    async with asyncio.timeout(10):
+        for _ in range(limits.BATCHES_IN_FLIGHT + 2):
+            await lanes.take(cast("Any", broker.fetch(1)))
+        assert broker.paused
+        await lanes.take(cast("Any", broker.other.fetch()))
+        await eventually(lambda: _has(pool, "other"), what="the other partition's event is handled")
+    go_on.set()
+    await eventually(all_there, what="the slow partition is read on")
+    assert [note for agent, note in await notes(pool) if agent == UUID(int=1)] == names
+    assert lanes.failures == 0
+    await lanes.close()
+
+
+async def _has(pool: Pool, note: str) -> bool:
+    return note in [found for _, found in await notes(pool)]
 
 
 async def test_a_batch_fetched_under_an_earlier_claim_is_dropped(pool: Pool, engine: Engine) -> None:

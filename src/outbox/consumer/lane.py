@@ -72,6 +72,10 @@ class Lane:
     pauses: Iterator[float] = field(default_factory=retry.backoff)
     batch: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a batch is applied."""
+    open: list[asyncio.Task[None]] = field(default_factory=list)
+    """Its batches, the one that is applied first."""
+    is_aside: bool = False
+    """Paused until that one is over; those behind it were dropped."""
     committed: int = -1
     """The offset last told to Kafka."""
     pace: Pace = field(default_factory=Pace)

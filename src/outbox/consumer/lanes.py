@@ -19,6 +19,8 @@ Guarantees:
   partition is still assigned, and goes on where the other stopped.
 * A batch that was fetched before a pause is not applied after it: its end has to agree with the fetch position, and
   the claim under which it was fetched has to be the present one. So the batches behind one that failed are dropped.
+* A partition whose batch takes long does not keep the others from theirs: those that wait behind it are dropped, and
+  read again when it is over.
 * That a partition stands still is stored, so that `outbox status` shows it and its caches count as stale. It goes on
   when `outbox cache rebuild` has set it free.
 """
@@ -26,6 +28,7 @@ Guarantees:
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from outbox import clock, crash_sites, kafka, limits, retry
@@ -105,7 +108,10 @@ class Lanes:
         """
         self._begin(records)
         while len(self._open) >= limits.BATCHES_IN_FLIGHT:
-            await asyncio.wait(self._open, return_when=asyncio.FIRST_COMPLETED)
+            patience = limits.SLOW_BATCH_SECONDS
+            ended, _ = await asyncio.wait(self._open, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not ended:
+                self._set_aside()
 
     async def deliver(self, records: Iterable["kafka.ConsumerRecord"]) -> None:
         """Apply what one poll returned, partitions side by side. Never raises: what fails is fetched again."""
@@ -119,9 +125,29 @@ class Lanes:
                 continue
             task = asyncio.create_task(self._feed(lane, lane.partition, batch), name=f"batch of {at}")
             self._open.add(task)
-            task.add_done_callback(self._open.discard)
+            lane.open.append(task)
+            task.add_done_callback(partial(self._ended, lane))
             begun.append(task)
         return begun
+
+    def _ended(self, lane: Lane, task: asyncio.Task[None]) -> None:
+        self._open.discard(task)
+        lane.open.remove(task)
+        if lane.is_aside and not lane.open and lane.state is State.RUNNING and lane.at in self._source.assignment():
+            assert lane.partition is not None
+            lane.is_aside = False
+            self._source.seek(lane.at, lane.partition.next_offset)
+            self._source.resume(lane.at)
+
+    def _set_aside(self) -> None:
+        """Nothing ended for long: what waits behind a slow batch gives its place to other partitions."""
+        for lane in self._lanes.values():
+            if len(lane.open) > 1 and lane.state is State.RUNNING:
+                log.info("%s: its batch takes long; it is read on when that is over", lane.at)
+                lane.is_aside = True
+                self._source.pause(lane.at)
+                for task in lane.open[1:]:
+                    task.cancel()
 
     async def _feed(self, lane: Lane, partition: Partition | None, records: Sequence[Record]) -> None:
         at = lane.at
@@ -220,6 +246,7 @@ class Lanes:
             assert lane.partition is not None
             self._source.seek(lane.at, lane.partition.next_offset)
             lane.state = State.RUNNING
+            lane.is_aside = False
             self._source.resume(lane.at)
             return
 
@@ -308,7 +335,7 @@ class Lanes:
                 self._stumble(lane, None)
 
     async def _make_room(self, lane: Lane, partition: Partition) -> None:
-        """The park is full, so the lane is about to wait, when nobody may try what is parked: do so before, if it is due."""
+        """The park is full, so the lane is about to wait, and nobody tries what is parked then: try what is due now."""
         try:
             retried = True
             while retried and lane.state is State.RUNNING:

@@ -234,6 +234,17 @@ async def test_wait_for_returns_once_the_row_has_seen_it(pool: Pool) -> None:
     assert await waiting == CachedAgent(agent_id=agent, agent_name="b")
 
 
+async def test_wait_for_does_not_wait_in_a_transaction_that_keeps_its_snapshot(pool: Pool) -> None:
+    """It would see nothing new however long it waited."""
+    cache = make_cache()
+    agent = UUID(int=1)
+    await consume(await make_engine(pool, cache), numbered([AgentRenamed(agent_id=agent, agent_name="a")]))
+    async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
+        assert await cache.wait_for(connection, agent, receipt(agent, 1001), timeout=3_600) is not None
+        with pytest.raises(WaitTimeout, match="give wait_for the pool"):
+            await cache.wait_for(connection, agent, receipt(agent, 1002), timeout=3_600)
+
+
 async def test_wait_for_a_deletion(pool: Pool) -> None:
     cache = make_cache()
     agent = uuid4()

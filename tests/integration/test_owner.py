@@ -205,6 +205,19 @@ async def test_a_transaction_that_has_written_gives_no_page(agents: Pool) -> Non
         assert await tx.fetchval("select count(*) from agents") == 25, "the caller's transaction goes on"
 
 
+async def test_a_transaction_that_keeps_an_old_snapshot_gives_no_page(agents: Pool) -> None:
+    """Its rows may be an hour old, and count as fresh, or as read after a partition was set free."""
+    async with agents.acquire() as connection:
+        owner = SqlOwner(connection, QUERY)
+        async with connection.transaction():
+            assert (await owner.page(None, 1)).rows
+        async with connection.transaction(isolation="repeatable_read"):
+            with pytest.raises(OwnerUnavailable, match="read from the pool"):
+                await owner.page(None, 1)
+        await connection.execute("set default_transaction_isolation = 'repeatable read'")
+        assert (await owner.page(None, 1)).rows, "one of its own is as new as its page"
+
+
 async def test_a_standby_and_a_copy_give_no_page() -> None:
     """H32, and H7 for pages. Red with `_check`'s first rule removed, and with its last one."""
     with Postgres() as original:

@@ -10,8 +10,8 @@ Guarantees of `SqlOwner`:
 * Rows, snapshot and log id come from **one statement**. With two statements, a transaction that commits between them
   would be in the snapshot and not in the rows, and its event would be taken for old, for ever.
 * A page is refused on a standby, whose snapshots list no transaction in progress; inside a transaction that has
-  written, which sees rows that nobody else does; and in a copy of the log's database, whose transaction ids mean
-  something else.
+  written, which sees rows that nobody else does, or that keeps the snapshot of an earlier statement; and in a
+  copy of the log's database, whose transaction ids mean something else.
 * A page holds every row of the query between its first and its last key, so a key that it lacks did not exist. `last`
   says that this goes on to the end of all keys.
 * Values are text and JSON that do not depend on the session: UTC, ISO 8601, numeric as text with all its digits.
@@ -270,12 +270,19 @@ class SqlOwner:
         self, template: Statement, *arguments: object, digested: Sequence[str] = ()
     ) -> tuple[Record, list[dict[str, Any]] | None]:
         statement = await self._statement(template, digested)
-        async with postgres.acquire(self._target()) as connection, postgres.look(connection):
-            await SQL.session.execute(connection)
-            try:
-                (record,) = await statement.fetch(connection, *arguments, timeout=limits.OWNER_SCAN_SECONDS)
-            except postgres.PostgresError as error:
-                raise _explained(error) from error
+        async with postgres.acquire(self._target()) as connection:
+            is_nested = connection.is_in_transaction()
+            async with postgres.look(connection):
+                await SQL.session.execute(connection)
+                try:
+                    (record,) = await statement.fetch(connection, *arguments, timeout=limits.OWNER_SCAN_SECONDS)
+                except postgres.PostgresError as error:
+                    raise _explained(error) from error
+        if is_nested and record["keeps_snapshot"]:
+            raise OwnerUnavailable(
+                "the transaction keeps the snapshot of its first statement, and would show what was true then; "
+                "read from the pool, or in a READ COMMITTED transaction"
+            )
         _check(record)
         if record["rows"] is None and record["count"]:
             return record, None

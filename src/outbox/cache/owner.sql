@@ -19,6 +19,7 @@ select q.* from (
 -- (it would see rows that nobody else does) or from a copy of the log's database it would be worth nothing.
 -- Lock: none. Rows: one of logs. The identity cannot be asked for on a standby.
 select pg_is_in_recovery() as standby, pg_current_xact_id_if_assigned() is not null as writing,
+       current_setting('transaction_isolation') <> 'read committed' as keeps_snapshot,
        pg_current_snapshot()::text as snapshot, (select l.log_id from outbox.logs l where l.is_current) as log,
        case when not pg_is_in_recovery() then
            (select (l.system_identifier, l.database_oid, l.timeline)

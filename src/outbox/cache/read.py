@@ -60,6 +60,11 @@ class Reader(Generic[Row]):
             assert record is not None
             if record["outbox_seen"]:
                 return self.model(record) if record["outbox_found"] else None
+            if record["outbox_keeps_snapshot"] and not postgres.is_pool(db) and db.is_in_transaction():
+                raise WaitTimeout(
+                    f"cache {self._cache}: key {key} does not show position {position} of log {log_id}, and never will "
+                    "in this transaction, which keeps its snapshot; give wait_for the pool"
+                )
             left = deadline - clock.monotonic()
             if left <= 0:
                 raise WaitTimeout(

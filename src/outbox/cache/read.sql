@@ -14,6 +14,7 @@ select {read_c} from {table} c where c.{key} = any ($1)
 -- the transaction, or everything below some later transaction was applied and the key is not parked.
 -- $3 the table's name, because another table may have it since the statement was composed. No lock; by the key's index, primary keys and what is remembered of pages; one row.
 select {read_c}, c.{key} is not null as outbox_found,
+       current_setting('transaction_isolation') <> 'read committed' as outbox_keeps_snapshot,
        coalesce(c.outbox_log = $4 and c.outbox_position >= $5
                 or c.outbox_log <> $4 and outbox.log_ordinal(c.outbox_log) > outbox.log_ordinal($4), false)
     or coalesce(t.log_id = $4 and t.position >= $5

@@ -30,6 +30,7 @@ from tests.support.caching import (
     AgentDeleted,
     AgentRenamed,
     CachedAgent,
+    Kafka,
     Rec,
     consume,
     create_table,
@@ -199,8 +200,10 @@ async def test_the_owner_answers_where_the_cache_cannot(scene: Scene) -> None:
 
 async def test_an_owners_row_that_does_not_fit_is_no_answer(scene: Scene) -> None:
     owned = Cache(CachedAgent, table=TABLE, key="agent_id", topic=TOPIC, owner=Owner(tags=None))
-    with pytest.raises(OwnerRowInvalid, match="tags"):
+    with pytest.raises(OwnerRowInvalid, match="tags") as caught:
         await owned.get(scene.pool, AGENT, fresh_within=5)
+    assert "input_value" not in str(caught.value), "what the owner has is nobody's business in a log"
+    assert caught.value.__cause__ is None
 
 
 # ------------------------------------------------------------------------------------------------------ H18
@@ -597,6 +600,54 @@ async def test_what_parked_events_may_still_meet_is_kept(scene: Scene) -> None:
     assert await scene.following.forget(kept_seconds=0) == (0, 0), "nor while the owner's relay has some"
     await scene.hear(Mark())
     assert await scene.following.forget(kept_seconds=0) == (1, 0)
+
+
+async def test_what_parked_events_of_a_spare_table_may_still_meet_is_kept(scene: Scene) -> None:
+    """They are parked by its own name. Red with the line drawn by the live table's parked events alone."""
+    await create_table(scene.pool, "spare")
+    await scene.pool.execute(
+        "insert into outbox.caches (cache, name, role, consumer, topic)"
+        " select 'spare'::regclass, name, 'spare', consumer, topic from outbox.caches"
+    )
+    oid = await scene.pool.fetchval("select 'spare'::regclass::oid")
+    await merge_all(await pages_of(scene.pool, scene.cache, oid, "spare"), 3_000)
+    await scene.pool.execute(
+        "insert into outbox.parked_events (parker, topic, key, log_id, transaction_id, created_at)"
+        " values ('spare', $1, 'k', $2, '2500', now())",
+        TOPIC, LOG,
+    )  # fmt: skip
+    await scene.hear(Mark())
+    assert await scene.following.forget(kept_seconds=0) == (0, 0)
+    await scene.pool.execute("delete from outbox.parked_events")
+    assert await scene.following.forget(kept_seconds=0) == (1, 0)
+
+
+async def test_what_is_over_the_bound_is_forgotten_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red with the ten seconds waited for: more than 500 deletions a second would never be forgotten."""
+    monkeypatch.setattr("outbox.limits.FORGET_MAX_ROWS", 2)
+    owner = await pages_of(scene.pool, scene.cache)
+    for xmax in (2_000, 2_100, 2_200):
+        await merge_all(owner, xmax)
+    await scene.pool.execute("update outbox.pages set merged_at = now() - interval '1 hour'")
+    await scene.hear(Mark())
+    await scene.following._forget_if_due()
+    assert (await remembered(scene.pool)).pages == 1
+    await scene.following._forget_if_due()
+    assert (await remembered(scene.pool)).pages == 0
+    await merge_all(owner, 9_000)
+    await scene.pool.execute("update outbox.pages set merged_at = now() - interval '1 hour'")
+    await scene.hear(Mark(oldest_xid=9_000))
+    await scene.following._forget_if_due()
+    assert (await remembered(scene.pool)).pages == 1, "but then it is not due"
+
+
+async def test_deletions_of_foreign_producers_leave_nothing_to_forget(scene: Scene) -> None:
+    """They have no place in a log, so nothing could be compared with them, and no watermark would end them."""
+    foreign = Kafka(first=2)
+    foreign.put(AgentDeleted(agent_id=AGENT))
+    await consume(scene.engine, foreign)
+    assert await scene.cache.get(scene.pool, AGENT) is None
+    assert (await remembered(scene.pool)).tombstones == 0
 
 
 async def test_an_older_logs_memory_goes_when_the_newer_one_is_whole(scene: Scene) -> None:

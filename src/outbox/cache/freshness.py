@@ -91,10 +91,12 @@ class FreshReader(Reader[Row]):
         try:
             return [self._row.model_validate({**now, **row}) for row in rows]
         except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             raise OwnerRowInvalid(
-                f"cache {self._cache}: a row of its owner does not fit {self._row.__name__}: {error}; let the owner's "
-                "query return what the row class takes, or change the row class"
-            ) from error
+                f"cache {self._cache}: a row of its owner does not fit {self._row.__name__}, field "
+                f"{'.'.join(map(str, first['loc'])) or '-'}: {first['msg']}; let the owner's query return what the row "
+                "class takes, or change the row class"
+            ) from None
 
     def _stale(self, key: str, record: Record, reason: StaleReason) -> Stale:
         lag = record["outbox_lag_seconds"]

@@ -99,7 +99,8 @@ with newest as materialized (
 ), buried as (
     insert into outbox.tombstones as t (cache, key, log_id, position, transaction_id)
     select $1, d.{key}::text, d.outbox_log, d.outbox_position, d.outbox_transaction_id from deletions d
-     where d.{key} not in (select s.key from settled s)
+     -- Without a place in a log nothing could be compared with it.
+     where d.outbox_log is not null and d.{key} not in (select s.key from settled s)
      order by d.{key}::text
     on conflict (cache, key) do update
        set log_id = excluded.log_id, position = excluded.position, transaction_id = excluded.transaction_id,

@@ -160,7 +160,8 @@ class Watermarks:
             return
         self._forget_at = clock.monotonic() + limits.FORGET_EVERY_SECONDS
         try:
-            await self.forget()
+            if max(await self.forget()) >= limits.FORGET_MAX_ROWS:
+                self._forget_at = 0.0  # there is more
         except postgres.PostgresError as error:
             if not retry.is_transient(error):
                 raise

@@ -131,9 +131,11 @@ with known as materialized (
            c.complete_log is null or c.complete_log = f.log_id as is_complete,
            least(f.oldest_xid::text::bigint,
                  (select min(e.transaction_id::text::bigint) from outbox.parked_events e
-                   where e.parker = c.name and e.topic = c.topic and e.state = 'parked' and e.log_id = f.log_id)
+                   where e.parker = case c.role when 'live' then c.name else r.relname end
+                     and e.topic = c.topic and e.state = 'parked' and e.log_id = f.log_id)
                 )::text::xid8 as line
       from outbox.caches c
+      join pg_class r on r.oid = c.cache
       join outbox.freshness f on f.consumer = c.consumer and f.topic = c.topic
      where c.name = $1 and f.parked = '{}'
 ), dropped_pages as (

@@ -5,7 +5,7 @@ carries the same values again, so (window, ordinal) within one log and shard tel
 already.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
@@ -86,14 +86,6 @@ def parse_position(text: bytes) -> Position | None:
         return Position(log_id, *(int(number) for number in numbers))
     except ValueError:
         return None
-
-
-def position_of(headers: Iterable[tuple[str, bytes | None]]) -> Position | None:
-    """The position among a record's headers, if it has one."""
-    for name, value in headers:
-        if name == POSITION_HEADER and value is not None:
-            return parse_position(value)
-    return None
 
 
 def envelope_of(headers: Sequence[tuple[str, bytes | None]]) -> Envelope:

@@ -44,7 +44,6 @@ def test_an_envelope_comes_back(at: Position, source: str, event_type: str, sche
         ("ob-pos", "/".join(map(str, at)).encode()),
     ]
     assert wire.envelope_of(headers) == Envelope("id", event_type, schema_version, source, at)
-    assert wire.position_of(headers) == at
 
 
 def test_version_one_needs_no_header() -> None:
@@ -67,7 +66,6 @@ def test_foreign_headers_raise_nothing(headers: list[tuple[str, bytes | None]]) 
     assert envelope.schema_version >= 0
     for text in (envelope.event_id, envelope.event_type, envelope.source):
         assert text is None or text.encode() is not None
-    wire.position_of(headers)
 
 
 @given(st.binary(max_size=60))

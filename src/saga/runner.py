@@ -19,17 +19,32 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
+from uuid import UUID
 
 from outbox import clock, crash_sites, postgres, retry
 from outbox.postgres import Pool
 from saga import journal, limits, transactional, writer
 from saga.decider import Execution
-from saga.definition import Saga
+from saga.journal import Start
 from saga.lease import Heartbeat, LeaseLostError
 from saga.outcome import context_of, perform
 from saga.results import Standing, told_end
-from saga.state import ENDED, Asked, Checkpoint, Claimed, Completed, Decision, Fact, Granted, Late, Uncertain, Work
+from saga.state import (
+    ENDED,
+    Answer,
+    Asked,
+    Checkpoint,
+    Claimed,
+    Completed,
+    Decision,
+    Fact,
+    Granted,
+    Late,
+    Mailbox,
+    Uncertain,
+    Work,
+)
 from saga.transactional import Prepared
 from saga.writer import ValueRefusedError, Writer
 
@@ -75,13 +90,24 @@ class Surroundings:
 class Runner:
     """Drives one instance to its release."""
 
-    def __init__(self, around: Surroundings, heartbeat: Heartbeat, saga: Saga[Any, Any], claimed: Claimed) -> None:
-        """For one that was claimed under `heartbeat`'s id."""
+    def __init__(
+        self, around: Surroundings, heartbeat: Heartbeat, name: str, instance_id: UUID, execution: Execution
+    ) -> None:
+        """For one that was claimed under `heartbeat`'s id, or leased to it with its start.
+
+        Args:
+            around: what all instances of the worker share.
+            heartbeat: its lease.
+            name: of the saga.
+            instance_id: the instance.
+            execution: as the claim or the start handed it over.
+        """
         self._around = around
         self._heartbeat = heartbeat
-        self._id: Final = claimed.id
-        self._name: Final = saga.name
-        self._execution = Execution(saga, claimed)
+        self._id: Final = instance_id
+        self._name: Final = name
+        self._execution = execution
+        self._is_begun = False
         self._flights: dict[str, asyncio.Task[None]] = {}
         self._landed: asyncio.Queue[Fact | Prepared] = asyncio.Queue()
         self._inline: Work | None = None
@@ -89,6 +115,27 @@ class Runner:
         self._conflicts: dict[str, int] = {}
         """How often the transaction of a path was rolled back by PostgreSQL."""
         self._pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+
+    @classmethod
+    def of_start(cls, around: Surroundings, heartbeat: Heartbeat, new: Start) -> "Runner":
+        """For one that was leased with its start: the body has run to its first call already, if that was one."""
+        if new.first.execution is not None:
+            runner = cls(around, heartbeat, new.saga.name, new.id, new.first.execution)
+            runner._is_begun = True
+            return runner
+        claimed = Claimed(
+            id=new.id,
+            epoch=1,
+            checkpoint_no=0,
+            fresh=True,
+            state="running",
+            started_at=new.started_at,
+            deadline_at=new.deadline_at,
+            request=new.request,
+            intents=new.first.intents,
+            mailbox=Mailbox(wakeups=0),
+        )
+        return cls(around, heartbeat, new.saga.name, new.id, Execution(new.saga, claimed))
 
     # -------------------------------------------------------------------------------------------- life
 
@@ -116,7 +163,10 @@ class Runner:
                 await asyncio.wait(self._flights.values(), timeout=limits.CUT_OFF_SECONDS)
 
     async def _drive(self) -> None:
-        decision = self._execution.begin(now())
+        if self._is_begun:  # and the start has written what it asked for
+            decision = self._execution.answered(Answer(kind="applied"), now())
+        else:
+            decision = self._execution.begin(now())
         while not decision.released:
             self._start(decision)
             if decision.checkpoint is not None:

@@ -22,6 +22,9 @@ class First:
 
     intents: tuple[Intent, ...] = ()
     outbox: tuple[OutboxRow, ...] = ()
+    execution: Execution | None = None
+    """What has decided this, to go on with once it is written and leased to a worker of this process (epoch 1): the
+    body need not run again. None where there is nothing to go on with."""
 
 
 def first_call(saga: Saga[Any, Any], instance_id: UUID, request: str, now: datetime) -> First:
@@ -35,8 +38,8 @@ def first_call(saga: Saga[Any, Any], instance_id: UUID, request: str, now: datet
     """
     claimed = Claimed(
         id=instance_id,
-        epoch=0,
-        checkpoint_no=0,
+        epoch=1,
+        checkpoint_no=-1,  # the start itself writes what is asked for here; the checkpoint after it is the first
         fresh=True,
         state="running",
         started_at=now,
@@ -44,7 +47,8 @@ def first_call(saga: Saga[Any, Any], instance_id: UUID, request: str, now: datet
         request=request,
         mailbox=Mailbox(wakeups=0),
     )
-    checkpoint = Execution(saga, claimed).begin(now).checkpoint
+    execution = Execution(saga, claimed)
+    checkpoint = execution.begin(now).checkpoint
     if checkpoint is None:
         return First()
     if checkpoint.paused_reason is not None:
@@ -53,4 +57,5 @@ def first_call(saga: Saga[Any, Any], instance_id: UUID, request: str, now: datet
         raise Rejected(checkpoint.error or "")
     if checkpoint.rows or checkpoint.children:
         return First()
-    return First(intents=checkpoint.next, outbox=checkpoint.outbox)
+    first_is_held = checkpoint.held
+    return First(intents=checkpoint.next, outbox=checkpoint.outbox, execution=execution if first_is_held else None)

@@ -22,7 +22,6 @@ from outbox import postgres, retry
 from outbox.postgres import Connection, Pool
 from saga import limits
 from saga.journal import Start, start
-from saga.state import Claimed, Mailbox
 
 SQL: Final = postgres.Statements("saga", "starts.sql")
 
@@ -39,7 +38,7 @@ class Taker(Protocol):
     def takes(self, starts: Sequence[Start]) -> bool:
         """Whether it serves all of them, and has room."""
 
-    def begin(self, workflow_id: UUID, claimed: Claimed) -> object:
+    def begin(self, new: Start) -> None:
         """Run one that was leased to it."""
 
 
@@ -139,7 +138,7 @@ class Starts:
             return
         for entry, answer in zip(group, answers, strict=True):
             if taker is not None and answer[0] == entry.start.id:  # else it was there before
-                taker.begin(entry.start.saga.workflow_id, _claimed(entry.start))
+                taker.begin(entry.start)
             if not entry.answer.done():
                 entry.answer.set_result(answer)
 
@@ -156,22 +155,6 @@ class Starts:
 def _fail(entry: _Entry, error: Exception) -> None:
     if not entry.answer.done():
         entry.answer.set_exception(error)
-
-
-def _claimed(new: Start) -> Claimed:
-    """What a claim would say of an instance that was leased with its start."""
-    return Claimed(
-        id=new.id,
-        epoch=1,
-        checkpoint_no=0,
-        fresh=True,
-        state="running",
-        started_at=new.started_at,
-        deadline_at=new.deadline_at,
-        request=new.request,
-        intents=new.first.intents,
-        mailbox=Mailbox(wakeups=0),
-    )
 
 
 _STARTS: Final[dict[Pool, Starts]] = {}

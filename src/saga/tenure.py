@@ -23,13 +23,13 @@ from uuid import UUID, uuid4
 from outbox import postgres, retry
 from outbox.postgres import Connection
 from saga import journal, limits
+from saga.decider import Execution
 from saga.definition import Saga
 from saga.journal import Start
 from saga.lease import Heartbeat
 from saga.runner import Runner, Surroundings
 from saga.settings import Settings
 from saga.starts import starts_of
-from saga.state import Claimed
 from saga.wakeup import Wakeup
 
 log = logging.getLogger(__name__)
@@ -126,9 +126,9 @@ class Tenure:
         is_here = self.heartbeat.is_held and not self._around.stopping.is_set() and not self._alone
         return is_here and len(starts) <= room and all(start.saga.workflow_id in self._sagas for start in starts)
 
-    def begin(self, workflow_id: UUID, claimed: Claimed) -> None:
+    def begin(self, new: Start) -> None:
         """Run one of them."""
-        self._begin(Runner(self._around, self.heartbeat, self._sagas[workflow_id], claimed))
+        self._begin(Runner.of_start(self._around, self.heartbeat, new))
 
     # -------------------------------------------------------------------------------------------- claiming
 
@@ -155,7 +155,9 @@ class Tenure:
         limit = min(room, limits.CLAIM_MAX_INSTANCES)
         leases = await journal.claim(connection, self.worker_id, limit, list(self._sagas))
         for lease in leases:
-            runner = Runner(self._around, self.heartbeat, self._sagas[lease.workflow_id], lease.claimed)
+            execution = Execution(self._sagas[lease.workflow_id], lease.claimed)
+            name = self._sagas[lease.workflow_id].name
+            runner = Runner(self._around, self.heartbeat, name, lease.claimed.id, execution)
             if lease.crash_count >= limits.ALONE_CRASH_COUNT:
                 self._alone.append(runner)
             else:

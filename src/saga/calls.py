@@ -60,6 +60,8 @@ class Needs:
     alone: list[Work] = field(default_factory=list)
     """May start once everything that is decided is written: they commit by themselves."""
     wake_at: list[datetime] = field(default_factory=list)
+    waits_for: str | None = None
+    """The receive or sleep among it; for people."""
 
 
 class Calls:

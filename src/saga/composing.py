@@ -44,6 +44,7 @@ class Composer:
             state="running" if held else "waiting",
             held=held,
             wake_at=None if held else min(wake_at, default=None),
+            waits_for=None if held else needs.waits_for,
             pivoted=pivoted,
         )
 

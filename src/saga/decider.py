@@ -26,7 +26,8 @@ What a crash does, by what was written last:
 * A result and the next intent: as above for the next call; the result is never asked for again.
 * `executing` in the plan, and no result: the compensation is tried again under the same key.
 
-Cancel and deadline are looked at where something would begin or be waited for, and never while a call is in flight.
+Cancel and deadline are looked at where something would begin or be waited for, and never while a call is in flight. So
+is a person's wish to pause, which comes first.
 They close the body. So does an unknown outcome. After the pivot nothing is undone: what would be, pauses.
 """
 
@@ -77,6 +78,7 @@ class Execution:
         self._calls: Final = Calls(saga, claimed, self._ledger)
         self._compose: Final = Composer(claimed, self._ledger, self._calls)
         self._cancel = claimed.mailbox.cancel_reason
+        self._pause_asked = claimed.mailbox.pause_asked
         self._ending = claimed.ending
         self._verdict: tuple[Ending, str] | None = None
         """That it has to be undone, decided and not written."""
@@ -152,6 +154,7 @@ class Execution:
         self._has_heard = True
         self._compose.seen = mailbox.wakeups
         self._cancel = mailbox.cancel_reason
+        self._pause_asked = mailbox.pause_asked
         self._ledger.read(mailbox)
         self._take_replies()
         if self._back is not None:
@@ -329,9 +332,11 @@ class Execution:
         doomed = self._interrupted(now) or (
             ("failed", f"{unknown.path} is unknown: {unknown.error}") if unknown else None
         )
-        if doomed is not None or self._calls.stuck:
+        if doomed is not None or self._calls.stuck or self._pause_asked is not None:
             if self._calls.flying:
                 return self._ask(self._compose.forward(now, Needs(), held=True)) if self._ledger.pending else _WAIT
+            if self._pause_asked is not None:
+                return self._pause(self._pause_asked, now)
             if doomed is not None:
                 return self._go_back(*doomed, now)
             return self._pause("; ".join(self._calls.stuck.values()), now)
@@ -340,6 +345,7 @@ class Execution:
             if row is None:
                 if slot.kind in ("receive", "sleep"):
                     needs.wake_at.append(self._forward.until(slot))
+                    needs.waits_for = f"{slot.kind} {slot.path}"
                 else:
                     self._calls.need(needs, slot, now)
         return self._act(needs, now)
@@ -377,6 +383,8 @@ class Execution:
         strict = back.expire(now)
         if (problem := back.stuck) is not None:
             return self._pause(problem, now, strict=strict)
+        if self._pause_asked is not None and back.current is not None:
+            return self._pause(self._pause_asked, now, strict=strict)
         work = back.ready(now)
         if work is not None:
             self._undoing[work.path] = work

@@ -72,6 +72,10 @@ class NotWaiting(SagaError):
     """The saga has ended, so that it cannot take a signal or be cancelled any more."""
 
 
+class NotPossible(SagaError):
+    """What a person asked for cannot be done with this instance as it is; says what can."""
+
+
 class ResultTimeout(SagaError, TimeoutError):
     """The saga did not end in time; it goes on, and its result can be asked for again."""
 

@@ -115,11 +115,15 @@ class Handle(Generic[R]):
         answer = await journal.SQL.cancel.fetchval(target(self._db), self._saga.name, self.key, reason)
         self._check(answer)
 
+    @property
+    def _place(self) -> str:
+        return f"{self._saga.name}/{self.key}"
+
     def _check(self, answer: str) -> None:
         if answer == "unknown":
             self._not_found()
         if answer == "ended":
-            raise NotWaiting(f"{self._saga.name} {self.key!r} has ended; see: saga show {self._id or self.key}")
+            raise NotWaiting(f"{self._saga.name} {self.key!r} has ended; see: saga show {self._id or self._place}")
 
     def _not_found(self) -> NoReturn:
         raise NotFound(f"no {self._saga.name} was started under the key {self.key!r}, or its start has not committed")

@@ -44,6 +44,7 @@ from saga.state import (
 SQL: Final = postgres.Statements("saga", "journal.sql")
 
 _STRICT, _HELD, _PIVOT = 1, 2, 4
+_REST: Final = ("ending", "error", "paused_reason", "waits_for")
 
 
 def _waiting(statement: Statement) -> Statement:
@@ -154,10 +155,8 @@ def _messages(rows: Sequence[OutboxRow]) -> list[Any]:
 
 
 def _rest(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.ending is None and checkpoint.error is None and checkpoint.paused_reason is None:
-        return None
-    rest = {"ending": checkpoint.ending, "error": checkpoint.error, "paused_reason": checkpoint.paused_reason}
-    return json.dumps(rest, ensure_ascii=False)
+    given = {name: text for name in _REST if (text := getattr(checkpoint, name)) is not None}
+    return json.dumps(given, ensure_ascii=False) if given else None
 
 
 def _plan(checkpoints: Sequence[Checkpoint]) -> str | None:
@@ -371,7 +370,13 @@ def _mailbox(row: Record) -> Mailbox:
             Late(path=path, output=output or "null")
             for path, output in zip(row["late_paths"], row["late_outputs"], strict=True)
         )
-    return Mailbox(wakeups=row["wakeups"], cancel_reason=row["cancel_reason"], mail=mail, late=late)
+    return Mailbox(
+        wakeups=row["wakeups"],
+        cancel_reason=row["cancel_reason"],
+        pause_asked=row["pause_asked"],
+        mail=mail,
+        late=late,
+    )
 
 
 async def look(db: "Connection | Pool", instance_id: UUID) -> Mailbox:

@@ -5,7 +5,7 @@
 -- locked (answered `locked`, and sent again alone, without `skip locked`: see journal.py). Rows: as many as sent.
 -- The lateral join is deliberate: a plain join that was planned on an empty table keeps its sequential scan. Everything
 -- is compared on the locked rows, and each answer is read from them.
--- flags: 1 strict, 2 held, 4 passes the pivot. rest: ending, error, paused_reason; null on the happy path.
+-- flags: 1 strict, 2 held, 4 passes the pivot. rest: ending, error, paused_reason, waits_for; null on the happy path.
 with x as (
     select * from unnest($1::uuid[], $2::bigint[], $3::int[], $4::int[], $5::int[], $6::text[], $7::timestamptz[],
                          $8::text[], $9::text[], $10::text[], $11::text[], $12::timestamptz[])
@@ -94,6 +94,8 @@ with x as (
            ending = case when ok.news then i.ending else coalesce(ok.rest::json ->> 'ending', i.ending) end,
            error_message = case when ok.news then i.error_message else coalesce(ok.rest::json ->> 'error', i.error_message) end,
            paused_reason = case when ok.news then i.paused_reason else ok.rest::json ->> 'paused_reason' end,
+           pause_asked = case when ok.news or ok.flags & 2 = 2 then i.pause_asked end,
+           waits_for = case when ok.news then i.waits_for else ok.rest::json ->> 'waits_for' end,
            completed_at = case when not ok.news and ok.state in ('completed', 'failed', 'cancelled') then ok.at end
       from ok where i.id = ok.id
 )
@@ -134,7 +136,7 @@ select * from saga.claim($1, $2, $3)
 
 -- name: look
 -- One row by primary key, without a lock, and its mail: what a worker reads after news.
-select i.wakeups, i.cancel_reason, m.*, l.*
+select i.wakeups, i.cancel_reason, i.pause_asked, m.*, l.*
   from saga.workflow_instances i
  cross join lateral (
        select array_agg(s.no order by s.no) as mail_nos, array_agg(s.kind order by s.no) as mail_kinds,

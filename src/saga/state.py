@@ -194,6 +194,8 @@ class Mailbox:
 
     wakeups: int
     cancel_reason: str | None = None
+    pause_asked: str | None = None
+    """Why a person wants it to pause; what is under way ends first."""
     mail: tuple[Mail, ...] = ()
     late: tuple[Late, ...] = ()
     """All of them, every time: they are few."""
@@ -339,6 +341,8 @@ class Checkpoint:
     ending: Ending | None = None
     output: str | None = None
     paused_reason: str | None = None
+    waits_for: str | None = None
+    """The receive or sleep that the body waits for; for people."""
     error: str | None = None
     at: datetime
 

@@ -7,7 +7,7 @@ import typer
 
 from outbox.cli.logs import log_to_stderr
 from outbox.cli.run import DatabaseUrl, Kafka, Options
-from saga.cli import worker
+from saga.cli import look, orders, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +43,22 @@ def options(
 app.command(epilog="Examples: `saga worker --app shop.sagas`, `saga worker --app shop.main:make --log-level warning`")(
     worker.worker
 )
+app.command(
+    "list", epilog="Examples: `saga list --state paused`, `saga list --saga place_order --older-than 3600 --json`"
+)(look.list_instances)
+app.command(epilog="Examples: `saga show place_order/order-42`, `saga show 0199f0c2-... --json`")(look.show)
+app.command(epilog="Example: `saga why place_order/order-42`")(look.why)
+app.command(epilog="Example: `saga plan place_order/order-42`")(look.plan)
+app.command(epilog='Example: `saga start place_order \'{"sku": "A1"}\' --app shop.sagas --key order-42`')(orders.start)
+app.command(epilog='Example: `saga signal place_order/order-42 Approved \'{"by": "ada"}\' --app shop.sagas`')(
+    orders.signal
+)
+app.command(epilog="Example: `saga cancel place_order/order-42 --reason 'the customer called'`")(orders.cancel)
+app.command(epilog="Example: `saga pause place_order/order-42 --reason 'the bank is being migrated'`")(orders.pause)
+app.command(
+    epilog="Examples: `saga resume place_order/order-42`, `saga resume ID --skip charge --reason 'paid back by hand'`, "
+    "`saga resume ID --step ship --result '\"sent\"' --reason 'the carrier says so'`"
+)(orders.resume)
 
 
 def main() -> None:

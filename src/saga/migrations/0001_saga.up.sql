@@ -46,7 +46,9 @@ create table saga.workflow_instances (
     pivoted boolean not null default false,
     ending text,
     cancel_reason text,
+    pause_asked text,
     paused_reason text,
+    waits_for text,
     error_message text,
     intents json,
     output json,
@@ -88,6 +90,8 @@ comment on column saga.workflow_instances.wakeups is 'Counts what others told it
 comment on column saga.workflow_instances.crash_count is 'Crashes without progress in between; above 5 it is paused';
 comment on column saga.workflow_instances.pivoted is 'Nothing is undone any more';
 comment on column saga.workflow_instances.ending is 'How it will end; set when compensation begins';
+comment on column saga.workflow_instances.pause_asked is 'A person wants it to pause while a worker has it: the worker lets the calls under way end, and then pauses it for this reason';
+comment on column saga.workflow_instances.waits_for is 'The receive or sleep that its body waits for: kind and path; for people, never read by a worker';
 comment on column saga.workflow_instances.intents is 'Calls that are about to happen or may be happening; without a task they are unknown';
 comment on column saga.workflow_instances.input_digest is 'Of the request: the same key with another one is a conflict';
 comment on column saga.workflow_instances.parent_told is 'Whether its parent knows that it has ended';
@@ -201,6 +205,20 @@ create unique index idx_locks_key on saga.locks (key) where granted_at is not nu
 create index idx_locks_instance_id on saga.locks (instance_id);
 comment on table saga.locks is 'Semantic locks and their queues, oldest first; held until the saga has ended';
 
+create table saga.interventions (
+    id bigint generated always as identity primary key,
+    instance_id uuid not null,
+    action text not null,
+    path text,
+    reason text not null,
+    database_user text not null default session_user,
+    created_at timestamptz not null default clock_timestamp(),
+    constraint interventions_action_check check (action in ('cancel', 'pause', 'resume', 'skip', 'result'))
+);
+create index idx_interventions_instance_id on saga.interventions (instance_id);
+comment on table saga.interventions is 'What persons did to instances, and why; append-only';
+comment on column saga.interventions.path is 'The step that was skipped, or given a result';
+
 create table saga.workers (
     id uuid primary key,
     name text not null,
@@ -271,7 +289,7 @@ comment on function saga.start is 'Starts instances, or finds the ones there are
 -- Claiming.
 create type saga.claimed as (
     id uuid, workflow_id uuid, epoch bigint, checkpoint_no integer, wakeups integer, fresh boolean, state text, ending text,
-    error text, pivoted boolean, cancel_reason text, crash_count smallint, started_at timestamptz, deadline_at timestamptz,
+    error text, pivoted boolean, cancel_reason text, pause_asked text, crash_count smallint, started_at timestamptz, deadline_at timestamptz,
     parent_id uuid, parent_path text, has_locks boolean, request text, intents text,
     seqs integer[], paths text[], names text[], kinds text[], outcomes text[], digests bytea[], inputs text[], outputs text[],
     errors text[], attempts integer[], starts timestamptz[], ends timestamptz[],
@@ -281,7 +299,7 @@ create type saga.claimed as (
 
 create function saga.read_claimed(p_ids uuid[], p_fresh uuid[]) returns setof saga.claimed language sql stable as $$
     select i.id, i.workflow_id, i.lease_epoch, i.checkpoint_no, i.wakeups, i.id = any (p_fresh), i.state, i.ending,
-           i.error_message, i.pivoted, i.cancel_reason, i.crash_count, i.created_at, i.deadline_at, i.parent_id, i.parent_path,
+           i.error_message, i.pivoted, i.cancel_reason, i.pause_asked, i.crash_count, i.created_at, i.deadline_at, i.parent_id, i.parent_path,
            exists (select from saga.locks l where l.instance_id = i.id),
            (select t.output::text from saga.tasks t where t.instance_id = i.id and t.seq = 0), i.intents::text,
            t.*, m.*, l.*, p.plan

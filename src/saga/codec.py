@@ -80,6 +80,19 @@ class Value(Generic[T]):
         """
         return cast("T", _load(self._adapter, text, self.what))
 
+    def read(self, text: str) -> T:
+        """The value of what a person wrote.
+
+        Raises:
+            PayloadError: it is no such value; says where.
+        """
+        try:
+            return self._adapter.validate_json(text)
+        except ValidationError as error:
+            raise PayloadError(
+                self.what, f"does not fit ({_problems(error)})", "correct it, and say it again"
+            ) from error
+
     def digest(self, value: T) -> bytes:
         """Equal for equal values, whatever the order of keys, and whatever defaults were added since."""
         return _digest(from_json(_dump(self._adapter, value, self.what, exclude_defaults=self._has_defaults)))
@@ -245,13 +258,16 @@ def _load(adapter: TypeAdapter[Any], text: str, what: str) -> Any:
     try:
         return adapter.validate_json(text)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
-            for problem in error.errors(include_url=False, include_context=False, include_input=False)
-        )
         raise PayloadError(
-            what, f"cannot be read from the journal ({problems})", "let the type accept what was written before"
+            what, f"cannot be read from the journal ({_problems(error)})", "let the type accept what was written before"
         ) from error
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_context=False, include_input=False)
+    )
 
 
 def _refuse_unstorable(body: bytes, what: str) -> None:

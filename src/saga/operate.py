@@ -93,7 +93,7 @@ async def start(pool: Pool, saga: Saga[Any, Any], request: str, key: str | None)
         Rejected: the body rejects this request at once.
         BodyError: the body has a bug that shows at once.
     """
-    return await saga.start(pool, saga.request.decode(request), key=key)
+    return await saga.start(pool, saga.request.read(request), key=key)
 
 
 async def signal(pool: Pool, instance_id: UUID, name: str, payload: str, dedupe_key: str | None) -> Done:
@@ -229,7 +229,7 @@ async def settle(
             child = step_key(instance_id, path)
             raise NotPossible(f"{path} is a saga of its own, and its result is what it returns: saga why {child}")
         if saga is not None and (target := saga.find(call.name)) is not None:
-            target.result.decode(result)
+            target.result.read(result)
         await _settle(connection, instance_id, call, result)
         await SQL.keep_intents.execute(connection, instance_id, intents_to_json(tuple(i for i in intents if i != call)))
         await SQL.record.execute(connection, instance_id, "result", path, reason)

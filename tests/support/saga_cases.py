@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from saga import Rejected, Retry, Run, StepContext, Unknown, remote, saga, step
-from tests.support.saga_worker import SOON, Approval, Order, Service, charge, release, reserve
+from tests.support.saga_worker import SOON, Approval, Order, Service, charge, reserve
 
 HOUR = timedelta(hours=1)
 LATER = Retry(attempts=3, initial=600, maximum=600)
@@ -120,4 +120,3 @@ CASES: tuple[Any, ...] = (
     pivoted,
     pair,
 )
-__all__ = ["release"]

@@ -20,6 +20,7 @@ from saga.settings import Settings
 from saga.why import why as reason_of
 
 _LIST_ROWS: Final = 50
+_KEY_COLUMNS: Final = 24
 
 StateNames = Annotated[
     list[str] | None,
@@ -70,7 +71,8 @@ async def _list(
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("Id", "Saga"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("Key", overflow="fold", max_width=40)
+    width = max(len(visible(one.key)) for one in shown)
+    table.add_column("Key", overflow="fold", min_width=min(width, _KEY_COLUMNS), max_width=_KEY_COLUMNS)
     table.add_column("State", no_wrap=True)
     table.add_column("Age", justify="right", no_wrap=True)
     table.add_column("Why", overflow="ellipsis", no_wrap=True)

@@ -20,4 +20,4 @@ def checked_signal(module_name: str, name: str, payload: str) -> str:
         known = ", ".join(sorted(classes.keys() - {"Signal"})) or "none"
         raise UsageProblem(f"module {module_name} has no signal {name}; it has: {known}")
     value = Value[Signal](found, f"signal {name}")
-    return value.encode(value.decode(payload))
+    return value.encode(value.read(payload))

@@ -31,7 +31,6 @@ is a person's wish to pause, which comes first.
 They close the body. So does an unknown outcome. After the pivot nothing is undone: what would be, pauses.
 """
 
-import json
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -43,7 +42,7 @@ from saga.composing import Composer
 from saga.definition import Saga
 from saga.errors import PayloadError
 from saga.forward import Diverged, Forward, Unreadable
-from saga.ledger import Ended, Ledger
+from saga.ledger import Ledger, ended_by
 from saga.plan import Stuck, make_plan
 from saga.state import (
     ENDED,
@@ -57,7 +56,6 @@ from saga.state import (
     Fact,
     Late,
     Mailbox,
-    Outcome,
     State,
     Work,
 )
@@ -246,16 +244,7 @@ class Execution:
                 continue
             if (known := self._ledger.ended.get(mail.name)) is not None and not known.by_absence:
                 continue
-            payload = json.loads(mail.payload) or {}  # of a lock, null
-            at = max(mail.at, self._claimed.started_at)
-            outcome: Outcome = "completed" if mail.kind == "lock" else payload["outcome"]
-            self._ledger.ended[mail.name] = Ended(
-                outcome=outcome,
-                output=json.dumps(payload["output"], ensure_ascii=False) if "output" in payload else None,
-                error=payload.get("error"),
-                at=at,
-                is_external=False,
-            )
+            self._ledger.ended[mail.name] = ended_by(mail, not_before=self._claimed.started_at)
 
     # -------------------------------------------------------------------------------------------- forward
 

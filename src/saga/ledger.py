@@ -8,6 +8,7 @@ Three layers, from hard to soft:
 * `pending` is derived: the rows of the next checkpoint. It may be thrown away and derived again.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,6 +43,19 @@ class Ended:
     has_value: bool = False
     by_absence: bool = False
     """Whether it is so because something did not come; taken back where there is news."""
+
+
+def ended_by(mail: Mail, *, not_before: datetime) -> Ended:
+    """How a reply, the end of a child or a granted lock ends the call that it is about."""
+    payload = json.loads(mail.payload) or {}  # of a lock, null
+    outcome: Outcome = "completed" if mail.kind == "lock" else payload["outcome"]
+    return Ended(
+        outcome=outcome,
+        output=json.dumps(payload["output"], ensure_ascii=False) if "output" in payload else None,
+        error=payload.get("error"),
+        at=max(mail.at, not_before),
+        is_external=False,
+    )
 
 
 class Ledger:

@@ -118,7 +118,7 @@ async def test_without_the_tombstone_the_effect_stays_for_ever(desk: Desk) -> No
 async def test_do_and_undo_that_race_on_two_partitions_take_turns(pool: Pool) -> None:
     """A topic got more partitions in between: the undo waits for the row of the do, and finds what it did.
 
-    Red with `take` that only reads: the undo is acknowledged while the do is still open.
+    Red with `take` that inserts nothing: the undo is acknowledged while the do is still open.
     """
     holding, release = asyncio.Event(), asyncio.Event()
 

@@ -1,5 +1,6 @@
 """Remote steps over a broker: two services, two databases, two outboxes."""
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from outbox import Pool
 from outbox.embedded import Databases
 from outbox.upkeep import migrate
 from saga import limits
+from saga.exchange import Exchange
 from saga.state import step_key
 from tests.support.faults import eventually
 from tests.support.participants import ReserveStock, create_stock
@@ -150,10 +152,22 @@ async def test_replies_that_fit_nothing_are_kept(services: Services) -> None:
     assert sum("no such saga" in row["reason"] for row in rows) == 1
 
 
-async def test_a_saga_that_turns_out_to_send_commands_has_its_replies_read(services: Services) -> None:
-    """Its contract is an attribute, which its code does not name by itself."""
+async def test_a_saga_that_turns_out_to_send_commands_has_its_replies_read(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its contract is an attribute, which its code does not name by itself. Red without the look for changes."""
+    looking = asyncio.Event()
+    until_others = Exchange._until_others
+
+    async def look(self: Exchange, topics: list[str]) -> None:
+        if not topics:
+            looking.set()
+        await until_others(self, topics)
+
+    monkeypatch.setattr(Exchange, "_until_others", look)
     assert not services.shop.has_remotes
     async with services.running():
+        await looking.wait()
         handle = await services.shop.start(services.shop_pool, ReserveStock(), key="a")
         assert services.shop.has_remotes
         assert await handle.result(timeout=30) == ["A1", "A1"]

@@ -9,6 +9,7 @@ import pytest
 from outbox import postgres
 from outbox.upkeep import migrate
 from outbox.upkeep.scripts import split
+from saga import answering, replies
 from saga.journal import SQL
 from tests.support.catalogue import catalogue
 
@@ -55,7 +56,7 @@ async def test_printed_statements_leave_the_same_database(db: Connection) -> Non
 
 async def test_every_statement_can_be_prepared(db: Connection) -> None:
     await migrate.up(db, package="saga")
-    for statement in SQL:
+    for statement in (*SQL, *answering.SQL, *replies.SQL):
         await db.prepare(statement.text)
 
 

@@ -31,6 +31,8 @@ from outbox.upkeep import migrate
 from saga import limits
 from saga.definition import Saga
 from saga.errors import WorkerError
+from saga.exchange import Exchange
+from saga.participant import Participant
 from saga.runner import Surroundings
 from saga.settings import Settings
 from saga.tenure import Tenure
@@ -49,36 +51,47 @@ class Worker(Loop):
         async with asyncpg.create_pool(dsn) as pool, Worker(pool, "kafka:9092", place_order, deps=services) as worker:
             await worker.run()
 
-    Holds two connections of the pool and uses up to eight more for a short time each; the heartbeat has another one.
+    Holds two connections of the pool and uses up to eight more for a short time each; the heartbeat has another.
+    One more for each partition of commands and replies makes these quicker.
     """
 
     def __init__(
-        self, db: Pool, kafka: str, *served: Saga[Any, Any], deps: object = None, settings: Settings | None = None
+        self,
+        db: Pool,
+        kafka: str,
+        *served: Saga[Any, Any] | Participant,
+        deps: object = None,
+        settings: Settings | None = None,
     ) -> None:
-        """A worker for some sagas.
+        """A worker for some sagas, and for participants in those of others.
 
         Args:
             db: a pool on the service's database; direct, not through a transaction pooler, or see `Settings.wakeup`.
             kafka: bootstrap servers.
-            served: sagas; instances of others, and of other versions, are left to other workers.
+            served: sagas; instances of others, and of other versions, are left to other workers. And participants:
+                commands to this service.
             deps: what steps get as `ctx.deps`.
             settings: from the environment (`SAGABOX_*`) where not given.
 
         Raises:
             WorkerError: nothing is served, one twice, or the pool is too small.
+            SagaDeclarationError: a participant has no handlers.
         """
         self._settings = settings or Settings()
         super().__init__(drain_timeout_seconds=self._settings.drain_timeout_seconds + self._settings.hand_over_seconds)
         self.servers: Final = kafka
-        self._sagas = {saga.workflow_id: saga for saga in served}
+        self._sagas = {saga.workflow_id: saga for saga in served if isinstance(saga, Saga)}
+        participants = {one.name: one for one in served if isinstance(one, Participant)}
         spare = db.get_max_size() - _CONNECTIONS_HELD
-        if not served or len(self._sagas) < len(served):
-            raise WorkerError("served", "is empty" if not served else "names a saga twice", "name each saga once")
+        if not served or len(self._sagas) + len(participants) < len(served):
+            problem = "is empty" if not served else "names one twice"
+            raise WorkerError("served", problem, "name each saga and each participant once")
         if spare < 1:
             raise WorkerError(
                 "db", f"is a pool of {db.get_max_size()} connections", f"let it have {_CONNECTIONS_HELD + 1} at least"
             )
         self._pool = db
+        self._exchange = Exchange(db, kafka, list(self._sagas.values()), list(participants.values()), self._settings)
         self._deps = deps
         self._transactions = min(spare, limits.TRANSACTIONS_AT_ONCE)
         self._running: set[asyncio.Task[None]] = set()
@@ -101,16 +114,21 @@ class Worker(Loop):
                 await migrate.check(self._pool, package="saga")
                 for saga in self._sagas.values():
                     await SQL.register_saga.execute(self._pool, saga.workflow_id, saga.name, saga.version)
-        writing = asyncio.create_task(self.writer.run(), name="checkpoints")
-        writing.add_done_callback(lambda _: self.stop())  # it ends by itself only with an error, raised below
-        try:
-            await self._serve()
-        finally:
-            await self._cut_off()
-            writing.cancel()
-            await asyncio.wait([writing])
-        if not writing.cancelled():
-            writing.result()
+        async with self._exchange as exchange:
+            writing = asyncio.create_task(self.writer.run(), name="checkpoints")
+            reading = asyncio.create_task(exchange.run(), name="commands and replies")
+            for task in (writing, reading):
+                task.add_done_callback(lambda _: self.stop())  # it ends by itself only with an error, raised below
+            try:
+                await (self._serve() if self._sagas else self._stopping.wait())
+            finally:
+                exchange.stop()
+                await self._cut_off()
+                writing.cancel()
+                await asyncio.wait([writing, reading])
+        for task in (writing, reading):
+            if not task.cancelled():
+                task.result()
 
     async def _serve(self) -> None:
         pauses = retry.backoff(maximum=self._settings.worker_lease_seconds)

@@ -50,7 +50,7 @@ async def test_the_command_runs_sagas_and_hands_over_at_sigterm(
     [
         ("tests.support.nowhere", 2, "there is no module"),
         ("tests.support.saga_process:nothing", 2, "has no nothing"),
-        ("tests.support.saga_process:SETTINGS", 2, "neither sagas nor a function"),
+        ("tests.support.saga_process:SETTINGS", 2, "neither sagas or participants"),
         ("tests.support.saga_worker", 4, "saga migrate up"),
     ],
 )

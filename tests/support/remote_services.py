@@ -19,7 +19,6 @@ import asyncpg
 
 from outbox import Pool, Relay
 from saga import Rejected, Run, Saga, saga
-from saga.exchange import Exchange
 from saga.settings import Settings
 from saga.worker import Worker
 from tests.support.faults import Fault, Injector, eventually
@@ -68,15 +67,14 @@ class Services:
         async with AsyncExitStack() as stack:
             for pool in (self.shop_pool, self.stock_pool):
                 await stack.enter_async_context(Relay(pool, self.broker, settings=SETTINGS))
-            await stack.enter_async_context(Exchange(self.shop_pool, self.broker, [self.shop], [], SETTINGS))
             await stack.enter_async_context(Worker(self.shop_pool, self.broker, self.shop, settings=SETTINGS))
             if stock:
                 await stack.enter_async_context(self.serving())
             yield
 
-    def serving(self) -> Exchange:
+    def serving(self) -> Worker:
         """The participant in this process."""
-        return Exchange(self.stock_pool, self.broker, [], [self.stock.participant], SETTINGS)
+        return Worker(self.stock_pool, self.broker, self.stock.participant, settings=SETTINGS)
 
     async def create_topics(self, partitions: int = 1) -> None:
         for topic in (self.stock.target.topic, self.shop.reply_topic):
@@ -126,10 +124,10 @@ async def _main(order: dict[str, Any]) -> None:
         Injector(Fault(**order["fault"])).install()
     stock = Stock(name=order["name"])
     async with (
-        asyncpg.create_pool(order["url"], min_size=1, max_size=4) as pool,
-        Exchange(pool, order["servers"], [], [stock.participant], SETTINGS) as exchange,
+        asyncpg.create_pool(order["url"], min_size=1, max_size=10) as pool,
+        Worker(pool, order["servers"], stock.participant, settings=SETTINGS) as worker,
     ):
-        await exchange.run()
+        await worker.run()
 
 
 if __name__ == "__main__":

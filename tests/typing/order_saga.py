@@ -22,6 +22,7 @@ from saga import (
     Signal,
     StepContext,
     Unknown,
+    Worker,
     remote,
     saga,
     step,
@@ -232,3 +233,12 @@ async def two_arguments(_run: Run, _a: int, _b: int) -> None: ...
 
 @saga("endless")  # type: ignore[call-arg] # every saga ends
 async def no_deadline(_run: Run, _order: PlaceOrder) -> None: ...
+
+
+async def serve(pool: Pool) -> None:
+    async with Worker(pool, "kafka:9092", place_order, participant) as worker:
+        await worker.run()
+
+
+def serves_a_step(pool: Pool) -> Worker:
+    return Worker(pool, "kafka:9092", charge)  # type: ignore[arg-type]

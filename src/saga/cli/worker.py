@@ -21,11 +21,13 @@ from outbox.postgres import Pool
 from outbox.upkeep import migrate
 from saga.definition import Saga
 from saga.errors import SagaError
+from saga.participant import Participant
 from saga.settings import Settings
 from saga.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_SERVED: Final = (Saga, Participant)
 _CONNECTIONS: Final = 32
 """A connection is opened when it is needed."""
 _HELP: Final = "write --app package.module, or --app package.module:attribute"
@@ -39,7 +41,8 @@ def worker(
         typer.Option(
             "--app",
             metavar="MODULE[:NAME]",
-            help="A module with sagas; or a saga, a list of them, a function (pool, settings) that makes the Worker.",
+            help="A module with sagas or participants; or one, a list of them, a function (pool, settings) that makes "
+            "the Worker.",
         ),
     ],
     database_url: DatabaseUrl = None,
@@ -48,7 +51,7 @@ def worker(
         Level, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
     ] = "info",
 ) -> None:
-    """Run sagas until SIGTERM or SIGINT, which hand over what is in flight.
+    """Run sagas, and serve participants, until SIGTERM or SIGINT, which hand over what is in flight.
 
     Start as many as you like: they share the work, and one that is lost is replaced within seconds. Steps that need
     clients (`ctx.deps`) are served by a function of your own, which may be an async context manager:
@@ -86,10 +89,10 @@ def _found(app: str) -> Any:
     module_name, _, attribute = app.partition(":")
     module = imported(module_name)
     if not attribute:
-        sagas = list({id(value): value for value in vars(module).values() if isinstance(value, Saga)}.values())
-        if not sagas:
-            raise UsageProblem(f"module {module_name} has no sagas; {_HELP}")
-        return sagas
+        served = list({id(value): value for value in vars(module).values() if isinstance(value, _SERVED)}.values())
+        if not served:
+            raise UsageProblem(f"module {module_name} has no sagas and no participants; {_HELP}")
+        return served
     found: Any = module
     for name in attribute.split("."):
         if not hasattr(found, name):
@@ -102,7 +105,7 @@ def _found(app: str) -> Any:
 async def _made(app: str, found: Any, pool: Pool, settings: Settings) -> AsyncIterator[Worker]:
     """The worker, not entered yet, and whatever it lives on."""
     async with contextlib.AsyncExitStack() as stack:
-        if callable(found) and not isinstance(found, Saga):
+        if callable(found) and not isinstance(found, _SERVED):
             found = found(pool, settings)
             if inspect.isawaitable(found):
                 found = await found
@@ -113,8 +116,8 @@ async def _made(app: str, found: Any, pool: Pool, settings: Settings) -> AsyncIt
             yield found
             return
         served = list(found) if isinstance(found, Iterable) else [found]
-        if not all(isinstance(one, Saga) for one in served):
-            raise UsageProblem(f"{app} is neither sagas nor a function that makes a Worker; {_HELP}")
+        if not all(isinstance(one, _SERVED) for one in served):
+            raise UsageProblem(f"{app} is neither sagas or participants nor a function that makes a Worker; {_HELP}")
         try:
             ready = Worker(pool, settings.kafka, *served, settings=settings)
         except SagaError as error:

@@ -431,3 +431,12 @@ async def test_waiting_for_a_receipt_works_across_the_swap(pool: Pool) -> None:
         await tx.execute("delete from agents where id = $1", key)
     await feed(engine, partition, await relay.publish())
     assert (await cache.wait_for(pool, key, tx.receipt, timeout=5)) is None
+
+
+@pytest.mark.parametrize("name", ["agents", "crm.agents", "a" * 63, "ä" * 31, "名" * 21])
+def test_the_name_of_a_spare_table_fits(name: str) -> None:
+    """Red with characters counted: PostgreSQL would cut the last one to the name of the live table."""
+    spare = generations.spare_of(name)
+    assert spare.endswith("_spare")
+    assert name.rpartition(".")[2].startswith(spare.removesuffix("_spare"))
+    assert len(spare.encode()) <= 63

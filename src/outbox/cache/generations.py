@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SQL: Final = postgres.Statements("outbox", "cache/generations.sql")
 
-_NAME_MAX_CHARACTERS: Final = 63
+_NAME_MAX_BYTES: Final = 63
 _SPARE: Final = "_spare"
 
 
@@ -128,6 +128,11 @@ async def finish(db: Pool, name: str) -> str:
     return found.spare_name
 
 
+def spare_of(name: str) -> str:
+    """What the spare table of a cache's is called, in as many bytes as PostgreSQL takes."""
+    return name.rpartition(".")[2].encode()[: _NAME_MAX_BYTES - len(_SPARE)].decode(errors="ignore") + _SPARE
+
+
 async def _begin(db: Pool, name: str, live: int) -> int:
     """Make the spare table, and have it fed."""
     dependents = [row["what"] for row in await SQL.dependents.fetch(db, live)]
@@ -136,7 +141,7 @@ async def _begin(db: Pool, name: str, live: int) -> int:
             f"cache {name} cannot change tables, because this would stay with the old one: {'; '.join(dependents)}. "
             "Rebuild it in place: outbox cache rebuild without --new-generation"
         )
-    spare_name = name.rpartition(".")[2][: _NAME_MAX_CHARACTERS - len(_SPARE)] + _SPARE
+    spare_name = spare_of(name)
     if await SQL.taken.fetchval(db, live, spare_name):
         raise GenerationUnfit(f"there is a {spare_name} already, which no cache knows; rename or drop it")
     made: int | None = None

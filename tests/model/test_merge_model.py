@@ -117,10 +117,8 @@ RULES: Final = (
     Rule(
         "a deletion leaves a tombstone",
         "merge",
-        "select $1, d.{key}::text, d.outbox_log, d.outbox_position, d.outbox_transaction_id from deletions d\n"
-        "     where d.{key} not in",
-        "select $1, d.{key}::text, d.outbox_log, d.outbox_position, d.outbox_transaction_id from deletions d\n"
-        "     where false and d.{key} not in",
+        "where d.outbox_log is not null and d.{key} not in",
+        "where false and d.{key} not in",
     ),
     Rule(
         "arrival decides among events of one log, not ids",

@@ -348,7 +348,7 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
         "due keys": Bound(partial(batched, sql.due_keys, caching.TABLE, "topic", 1, BATCH), others=due),
         "parked events": Bound(partial(batched, sql.events, *key, BATCH), others=few),
         "free": Bound(partial(batched, sql.free, *key), others=few),
-        "failed": Bound(partial(batched, sql.failed, *key, "r", "d", 1.0, 600.0, 12), others=few),
+        "failed": Bound(partial(batched, sql.failed, *key, "r", "d", 1.0, 600.0, 12, False), others=few),
         "advance": Bound(partial(advance, connection), others=few),
         "a page": Bound(partial(paged, KEYS[0], KEYS[-1], None), others=per_range),
         "a page that is too late": Bound(partial(paged, KEYS[0], KEYS[-1], None, sees="1:1:"), others=per_range),

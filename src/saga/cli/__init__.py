@@ -7,7 +7,7 @@ import typer
 
 from outbox.cli.logs import log_to_stderr
 from outbox.cli.run import DatabaseUrl, Kafka, Options
-from saga.cli import look, orders, worker
+from saga.cli import check, look, orders, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +59,7 @@ app.command(
     epilog="Examples: `saga resume place_order/order-42`, `saga resume ID --skip charge --reason 'paid back by hand'`, "
     "`saga resume ID --step ship --result '\"sent\"' --reason 'the carrier says so'`"
 )(orders.resume)
+app.command(epilog="Examples: `saga check shop.sagas`, `saga check shop.sagas --json`")(check.check)
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ they are answered `locked` and sent again alone, with `wait=True`.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, cast
 from uuid import UUID
 
-from outbox import crash_sites, postgres
-from outbox.postgres import Connection, Pool, Record, Statement
+from outbox import postgres
+from outbox.postgres import Connection, Pool, Record
 from saga.definition import Saga
 from saga.starting import First
 from saga.state import (
@@ -45,18 +45,6 @@ SQL: Final = postgres.Statements("saga", "journal.sql")
 
 _STRICT, _HELD, _PIVOT = 1, 2, 4
 _REST: Final = ("ending", "error", "paused_reason", "waits_for")
-
-
-def _waiting(statement: Statement) -> Statement:
-    """The same statement, which waits for rows that somebody else has locked; one text, so that they cannot differ."""
-    rule = " skip locked"
-    assert statement.text.count(rule) == 1, f"{statement.name} has to skip locked rows once"
-    text = statement.text.replace(rule, "")
-    return replace(statement, name=crash_sites.register(f"{statement.name}_waiting"), text=text)
-
-
-CHECKPOINT: Final = SQL.checkpoint
-CHECKPOINT_WAITING: Final = _waiting(SQL.checkpoint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +72,7 @@ async def write(
     Raises:
         postgres.PostgresError: a value was refused (find the guilty one by halves), or the server is in trouble.
     """
-    statement = CHECKPOINT_WAITING if wait else CHECKPOINT
+    statement = SQL.checkpoint_waiting if wait else SQL.checkpoint
     arguments = _arguments(checkpoints)
     if timeout is None:
         rows = await statement.fetch(db, *arguments)

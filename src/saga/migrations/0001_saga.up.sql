@@ -243,7 +243,7 @@ comment on function saga.call_worker is 'Notifies workers, but only if one is id
 create function saga.start(
     p_id uuid[], p_workflow_id uuid[], p_name text[], p_version integer[], p_key text[], p_digest bytea[],
     p_request text[], p_intents text[], p_started_at timestamptz[], p_deadline_at timestamptz[], p_owner uuid
-) returns table (nth bigint, id uuid, answer text) language plpgsql volatile as $$
+) returns table (nth bigint, id uuid, answer text) language plpgsql volatile set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
     mine uuid[];
@@ -281,9 +281,150 @@ begin
                case when x.id = any (mine) then 'started' when i.id is null then 'unseen'
                     when i.input_digest = x.digest then 'exists' else 'conflict' end
           from unnest(p_id, p_name, p_key, p_digest) with ordinality as x(id, name, key, digest, nth)
-          left join lateral (select * from saga.workflow_instances f where f.workflow_name = x.name and f.key = x.key) i on true;
+          left join lateral (select * from saga.workflow_instances f
+                              where f.workflow_name = x.name and f.key = x.key limit 1) i on true;
 end $$;
 comment on function saga.start is 'Starts instances, or finds the ones there are: started, exists, conflict (another request); unseen: the caller''s snapshot is too old to see whom it lost against. With an owner they are leased to it at once';
+
+-- ---------------------------------------------------------------------------------------------------------------
+-- Checkpoints.
+create type saga.answer as (id uuid, answer text, wakeups integer, cancel text, again boolean);
+
+-- Everything is compared on the locked rows, and each answer is read from them. The plan is kept, so it must not be one
+-- that was right on an empty table only: hence no sequential scans, here and in every function that looks something up.
+-- Instances: $1 id, $2 epoch, $3 checkpoint that it follows, $4 wake-ups seen, $5 flags (1 strict, 2 held, 4 passes the
+-- pivot), $6 state, $7 wake_at, $8 intents, $9 those of them that stay beside news, $10 output, $11 rest (ending, error,
+-- paused_reason, waits_for; null on the happy path), $12 at. Tasks: $13 to $28, the last says what belongs to what comes next.
+-- $29 plan, $30 children, as JSON. Messages: $31 to $39 likewise. $40: whether to wait for locked rows.
+create function saga.checkpoint(
+    uuid[], bigint[], int[], int[], int[], text[], timestamptz[], text[], text[], text[], text[], timestamptz[],
+    uuid[], uuid[], int[], text[], text[], text[], text[], bytea[], text[], text[], text[], int[], int[], timestamptz[],
+    timestamptz[], bool[], json, json, uuid[], text[], text[], uuid[], text[], smallint[], text[], bytea[], bool[], boolean
+) returns setof saga.answer language plpgsql volatile set enable_seqscan = off as $$
+begin
+    if $40 then
+        -- In a statement of its own: what the next one reads is then what whoever was waited for has left.
+        perform from unnest($1) x(id)
+          cross join lateral (select from saga.workflow_instances i where i.id = x.id for no key update) i;
+    end if;
+    return query
+    with x as (
+        select * from unnest($1::uuid[], $2::bigint[], $3::int[], $4::int[], $5::int[], $6::text[], $7::timestamptz[],
+                             $8::text[], $9::text[], $10::text[], $11::text[], $12::timestamptz[])
+            as x(id, epoch, no, seen, flags, state, wake_at, intents, open, output, rest, at)
+    ), own as materialized (
+        select x.*, i.lease_epoch as e, i.checkpoint_no as n, i.wakeups as w, i.news_no, i.cancel_reason as cancel,
+               i.workflow_id, i.workflow_name, i.workflow_version, i.key, i.deadline_at, i.input_digest, i.state as old_state,
+               i.lease_owner, i.wake_at as old_wake_at, i.pivoted, i.output as old_output, i.ending, i.error_message,
+               i.paused_reason, i.pause_asked, i.waits_for
+          from x cross join lateral (select * from saga.workflow_instances i where i.id = x.id for no key update skip locked) i
+    ), ok as (
+        select own.*, w <> seen as news from own where e = epoch and n = no and (w = seen or flags & 1 = 0)
+    ), tasks as (
+        insert into saga.tasks (id, instance_id, seq, path, step_id, step_type, status, outcome, digest, input, output,
+                                error_message, attempt_count, max_attempts, started_at, completed_at, epoch)
+        select t.id, t.instance_id, t.seq, t.path, t.name, t.kind, case t.outcome when 'completed' then 'completed' else 'failed' end,
+               t.outcome, t.digest, t.input::json, t.output::json, t.error, t.attempts, t.max_attempts, t.started_at, t.completed_at,
+               ok.epoch
+          from unnest($13::uuid[], $14::uuid[], $15::int[], $16::text[], $17::text[], $18::text[], $19::text[], $20::bytea[],
+                      $21::text[], $22::text[], $23::text[], $24::int[], $25::int[], $26::timestamptz[], $27::timestamptz[],
+                      $28::bool[])
+               as t(id, instance_id, seq, path, name, kind, outcome, digest, input, output, error, attempts, max_attempts,
+                    started_at, completed_at, is_next)
+          join ok on ok.id = t.instance_id
+         where not (t.is_next and ok.news)
+    ), plan as (
+        insert into saga.saga_compensations as c (id, instance_id, task_id, task_seq, path, step_id, step_type, round, position,
+                                                  compensation_action, compensation_data, required, status, attempts, not_before,
+                                                  late_seen, executed_at, error_message)
+        -- A row may change and begin at once: what comes next counts then, unless there is news.
+        select distinct on (p.instance_id, p.path, p.round)
+               p.id, p.instance_id, p.task_id, p.task_seq, p.path, p.name, p.kind, p.round, p.position, p.action, p.data, p.required,
+               p.status, p.attempts, p.not_before, p.late_seen, p.executed_at, p.error
+          from json_to_recordset($29::json)
+               as p(id uuid, instance_id uuid, task_id uuid, task_seq int, path text, name text, kind text, round int, position int,
+                    action text, data json, required bool, status text, attempts int, not_before timestamptz, late_seen int,
+                    executed_at timestamptz, error text, is_next bool)
+          join ok on ok.id = p.instance_id
+         where not (p.is_next and ok.news)
+         order by p.instance_id, p.path, p.round, p.is_next desc
+        on conflict (instance_id, path, round) do update
+           set status = excluded.status, attempts = excluded.attempts, not_before = excluded.not_before,
+               late_seen = excluded.late_seen, executed_at = excluded.executed_at, error_message = excluded.error_message
+    ), children as (
+        -- Their keys derive from parent and path, so nobody else can be inserting the same one.
+        insert into saga.workflow_instances (id, workflow_id, workflow_name, workflow_version, key, input_digest, created_at,
+                                             deadline_at, ready_at, parent_id, parent_path)
+        select k.id, k.workflow_id, k.name, k.version, k.key, decode(k.digest, 'hex'), k.started_at, k.deadline_at, k.started_at,
+               ok.id, k.parent_path
+          from json_to_recordset($30::json)
+               as k(id uuid, workflow_id uuid, name text, version int, key text, digest text, request json, started_at timestamptz,
+                    deadline_at timestamptz, parent_id uuid, parent_path text)
+          join ok on ok.id = k.parent_id
+         where not ok.news
+        on conflict (workflow_name, key) do nothing
+        returning id
+    ), called as (
+        select count(saga.call_worker()) from (select from children limit 1) c
+    ), requests as (
+        insert into saga.tasks (id, instance_id, seq, path, step_id, step_type, output, completed_at)
+        select k.id, k.id, 0, '', 'request', 'request', k.request, k.started_at
+          from json_to_recordset($30::json) as k(id uuid, request json, started_at timestamptz)
+          join children on children.id = k.id
+    ), messages as (
+        insert into outbox.events (shard, topic, key, event_id, event_type, schema_version, headers, payload)
+        select outbox.shard_of(b.key, (select l.shard_count from outbox.logs l where l.is_current)),
+               b.topic, b.key, b.event_id, b.event_type, b.schema_version, b.headers::jsonb,
+               outbox.fits(b.payload, b.key, b.headers::jsonb, b.topic, t.max_message_bytes)
+          from unnest($31::uuid[], $32::text[], $33::text[], $34::uuid[], $35::text[], $36::smallint[], $37::text[], $38::bytea[],
+                      $39::bool[])
+               with ordinality as b(instance_id, topic, key, event_id, event_type, schema_version, headers, payload, is_next, nth)
+          join ok on ok.id = b.instance_id
+          left join outbox.topics t on t.topic = b.topic
+         where not (b.is_next and ok.news)
+         order by b.nth
+        returning shard
+    ), woken as (
+        select count(outbox.wake(s.shard)) as shards from (select distinct m.shard from messages m) s
+    ), changed as (
+        -- An update by way of the primary key's conflict: it looks the row up whatever the planner thinks of the table. A
+        -- join would be planned, and one that was planned on an empty table reads all of it later.
+        insert into saga.workflow_instances as i (id, workflow_id, workflow_name, workflow_version, key, deadline_at,
+                                                  input_digest, checkpoint_no, intents, news_no, state, lease_owner, wake_at,
+                                                  pivoted, output, ending, error_message, paused_reason, pause_asked,
+                                                  waits_for, completed_at)
+        select ok.id, ok.workflow_id, ok.workflow_name, ok.workflow_version, ok.key, ok.deadline_at, ok.input_digest, ok.n + 1,
+               (case when ok.news then ok.open else ok.intents end)::json,
+               case when ok.news then ok.n + 1 else ok.news_no end,
+               case when ok.news then ok.old_state else ok.state end,
+               case when ok.news or ok.flags & 2 = 2 then ok.lease_owner end,
+               case when ok.news then ok.old_wake_at else ok.wake_at end,
+               ok.pivoted or (not ok.news and ok.flags & 4 = 4),
+               case when ok.news then ok.old_output else ok.output::json end,
+               case when ok.news then ok.ending else coalesce(ok.rest::json ->> 'ending', ok.ending) end,
+               case when ok.news then ok.error_message else coalesce(ok.rest::json ->> 'error', ok.error_message) end,
+               case when ok.news then ok.paused_reason else ok.rest::json ->> 'paused_reason' end,
+               case when ok.news or ok.flags & 2 = 2 then ok.pause_asked end,
+               case when ok.news then ok.waits_for else ok.rest::json ->> 'waits_for' end,
+               case when not ok.news and ok.state in ('completed', 'failed', 'cancelled') then ok.at end
+          from ok
+        on conflict (id) do update
+           set checkpoint_no = excluded.checkpoint_no, intents = excluded.intents, news_no = excluded.news_no,
+               state = excluded.state, lease_owner = excluded.lease_owner, wake_at = excluded.wake_at,
+               pivoted = excluded.pivoted, output = excluded.output, ending = excluded.ending,
+               error_message = excluded.error_message, paused_reason = excluded.paused_reason,
+               pause_asked = excluded.pause_asked, waits_for = excluded.waits_for, completed_at = excluded.completed_at
+    )
+    select x.id, case when own.id is null then 'locked'
+                      when own.e <> x.epoch then 'fenced'
+                      when own.n = x.no + 1 then case when own.news_no = own.n then 'news' else 'applied' end
+                      when own.n <> x.no then 'broken'
+                      when ok.id is null then 'changed'
+                      when ok.news then 'news' else 'applied' end as answer,
+           own.w as wakeups, own.cancel, own.n = x.no + 1 as again
+      from x left join own using (id) left join ok using (id) cross join woken cross join called;
+end $$;
+comment on function saga.checkpoint is 'Writes checkpoints of many instances: applied; news: without what comes next; changed: not at all, as it was strict; fenced, locked, broken';
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Claiming.
@@ -330,30 +471,71 @@ create function saga.read_claimed(p_ids uuid[], p_fresh uuid[]) returns setof sa
 $$;
 comment on function saga.read_claimed is 'Instances with their journals, by primary key; call it in a statement after the one that took the lease';
 
+create type saga.mailbox as (
+    wakeups integer, cancel_reason text, pause_asked text, mail_nos integer[], mail_kinds text[], mail_names text[], mail_payloads text[],
+    mail_times timestamptz[], late_paths text[], late_outputs text[]
+);
+
+create function saga.look(p_id uuid) returns setof saga.mailbox language plpgsql stable set enable_seqscan = off as $$
+begin
+    return query
+    select i.wakeups, i.cancel_reason, i.pause_asked, m.*, l.*
+      from saga.workflow_instances i
+     cross join lateral (
+           select array_agg(s.no order by s.no), array_agg(s.kind order by s.no), array_agg(s.name order by s.no),
+                  array_agg(s.payload::text order by s.no), array_agg(s.created_at order by s.no)
+             from saga.signals s where s.instance_id = i.id) m
+     cross join lateral (
+           select array_agg(r.path order by r.id), array_agg(r.output::text order by r.id)
+             from saga.late_results r where r.instance_id = i.id) l
+     where i.id = p_id;
+end $$;
+comment on function saga.look is 'What others told an instance, all of it';
+
+create function saga.result(p_workflow text, p_key text, out id uuid, out state text, out output text, out error_message text,
+                            out paused_reason text)
+returns setof record language plpgsql stable set enable_seqscan = off as $$
+#variable_conflict use_column
+begin
+    return query
+    select i.id, i.state::text, i.output::text, i.error_message, i.paused_reason
+      from saga.workflow_instances i where i.workflow_name = p_workflow and i.key = p_key;
+end $$;
+comment on function saga.result is 'How the saga under a key stands, and what it returned';
+
 create function saga.claim(p_owner uuid, p_limit integer, p_workflows uuid[]) returns setof saga.claimed
-language plpgsql volatile as $$
+language plpgsql volatile set enable_seqscan = off as $$
 declare
     taken uuid[];
     unused uuid[];
 begin
-    -- The epoch first, the journal in a later statement: one that waited for a zombie's checkpoint would not show it.
-    with c as (
-        select i.id from saga.workflow_instances i
-         where i.ready_at is not null and i.workflow_id = any (p_workflows)
-         order by i.ready_at limit p_limit for no key update skip locked
-    ), u as (
+    -- Rows are looked up by their ids, and not joined: see saga.checkpoint.
+    select array_agg(c.id) into taken
+      from (select i.id from saga.workflow_instances i
+             where i.ready_at is not null and i.workflow_id = any (p_workflows)
+             order by i.ready_at limit p_limit for no key update skip locked) c;
+    if taken is null then
+        return;
+    end if;
+    with u as (
         update saga.workflow_instances i
            set lease_owner = p_owner, lease_epoch = i.lease_epoch + 1, claimed_no = i.checkpoint_no, ready_at = null,
                wake_at = null, started_at = coalesce(i.started_at, clock_timestamp()), completed_at = null,
                state = case when i.ending is not null then 'compensating' else 'running' end
-          from c where i.id = c.id
+         where i.id = any (taken)
         returning i.id, i.lease_epoch)
-    select array_agg(u.id), array_agg(u.id) filter (where u.lease_epoch = 1) into taken, unused from u;
+    select array_agg(u.id) filter (where u.lease_epoch = 1) into unused from u;
+    -- The journal in a later statement than the one that took the epoch: one that waited for a zombie's checkpoint would
+    -- not show it.
     return query select * from saga.read_claimed(taken, coalesce(unused, '{}'));
 end $$;
 comment on function saga.claim is 'Leases ready instances of these definitions, longest ready first, and hands them over with their journals';
 
-create function saga.take_over(p_limit integer) returns setof uuid language sql volatile as $$
+create function saga.take_over(p_limit integer) returns setof uuid language plpgsql volatile
+set enable_seqscan = off as $$
+declare
+    lost uuid[];
+begin
     -- Distinct owners by skipping through the index: with many instances of living workers they are not read.
     with recursive owners(owner) as (
         (select i.lease_owner from saga.workflow_instances i where i.lease_owner is not null order by i.lease_owner limit 1)
@@ -364,11 +546,13 @@ create function saga.take_over(p_limit integer) returns setof uuid language sql 
         select o.owner from owners o
          where o.owner is not null
            and not exists (select from saga.workers w where w.id = o.owner and w.alive_until > clock_timestamp())
-    ), lost as (
-        select i.id from dead d
-         cross join lateral (select * from saga.workflow_instances i where i.lease_owner = d.owner
-                              limit p_limit for no key update skip locked) i
-         limit p_limit)
+    )
+    select array_agg(l.id) into lost
+      from (select i.id from dead d
+             cross join lateral (select * from saga.workflow_instances i where i.lease_owner = d.owner
+                                  limit p_limit for no key update skip locked) i
+             limit p_limit) l;
+    return query
     update saga.workflow_instances i
        set lease_owner = null, lease_epoch = i.lease_epoch + 1,
            crash_count = case when i.checkpoint_no > i.claimed_no then 0 else i.crash_count + 1 end,
@@ -376,12 +560,12 @@ create function saga.take_over(p_limit integer) returns setof uuid language sql 
            paused_reason = case when i.checkpoint_no <= i.claimed_no and i.crash_count >= 5
                                 then 'crash loop: its worker was lost ' || i.crash_count + 1 || ' times without any progress' end,
            ready_at = case when i.checkpoint_no <= i.claimed_no and i.crash_count >= 5 then null else clock_timestamp() end
-      from lost where i.id = lost.id
-    returning i.id
-$$;
+     where i.id = any (lost)
+    returning i.id;
+end $$;
 comment on function saga.take_over is 'Takes instances away from workers that are dead or absent; at most that many a call';
 
-create function saga.hand_over(p_owner uuid) returns integer language sql volatile as $$
+create function saga.hand_over(p_owner uuid) returns integer language sql volatile set enable_seqscan = off as $$
     with u as (
         update saga.workflow_instances i
            set lease_owner = null, lease_epoch = i.lease_epoch + 1, crash_count = 0, ready_at = clock_timestamp()
@@ -390,20 +574,23 @@ create function saga.hand_over(p_owner uuid) returns integer language sql volati
 $$;
 comment on function saga.hand_over is 'A worker that stops gives all of its instances back; what it still writes is fenced off';
 
-create function saga.let_timers_go_off(p_limit integer) returns integer language sql volatile as $$
-    with due as (
-        select i.id from saga.workflow_instances i
-         where i.wake_at <= clock_timestamp() order by i.wake_at limit p_limit for no key update skip locked
-    ), u as (
-        update saga.workflow_instances i set wake_at = null, ready_at = clock_timestamp(), wakeups = i.wakeups + 1
-          from due where i.id = due.id returning 1)
-    select count(*)::integer from u
-$$;
+create function saga.let_timers_go_off(p_limit integer) returns integer language plpgsql volatile
+set enable_seqscan = off as $$
+declare
+    due uuid[];
+begin
+    select array_agg(d.id) into due
+      from (select i.id from saga.workflow_instances i
+             where i.wake_at <= clock_timestamp() order by i.wake_at limit p_limit for no key update skip locked) d;
+    update saga.workflow_instances i set wake_at = null, ready_at = clock_timestamp(), wakeups = i.wakeups + 1
+     where i.id = any (due);
+    return coalesce(array_length(due, 1), 0);
+end $$;
 comment on function saga.let_timers_go_off is 'Makes instances ready whose time has come; at most that many a call';
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Waking. The row lock orders each with the instance's checkpoints; nothing is decided by looking at another table.
-create function saga.wake(p_id uuid) returns void language plpgsql volatile as $$
+create function saga.wake(p_id uuid) returns void language plpgsql volatile set enable_seqscan = off as $$
 declare
     is_ready boolean;
 begin
@@ -422,7 +609,7 @@ comment on function saga.wake is 'Counts a wake-up; an instance that waits is re
 
 create function saga.tell(
     p_id uuid, p_kind text, p_name text, p_dedupe_key text, p_payload json
-) returns text language plpgsql volatile as $$
+) returns text language plpgsql volatile set enable_seqscan = off as $$
 declare
     i record;
 begin
@@ -445,13 +632,13 @@ end $$;
 comment on function saga.tell is 'Puts one thing into the mailbox: accepted, duplicate, ended (signals only), unknown';
 
 create function saga.signal(p_workflow text, p_key text, p_name text, p_dedupe_key text, p_payload json) returns text
-language sql volatile as $$
+language sql volatile set enable_seqscan = off as $$
     select coalesce((select saga.tell(i.id, 'signal', p_name, p_dedupe_key, p_payload)
                        from saga.workflow_instances i where i.workflow_name = p_workflow and i.key = p_key), 'unknown')
 $$;
 comment on function saga.signal is 'Sends a signal to the saga under a key';
 
-create function saga.cancel(p_workflow text, p_key text, p_reason text) returns text language plpgsql volatile as $$
+create function saga.cancel(p_workflow text, p_key text, p_reason text) returns text language plpgsql volatile set enable_seqscan = off as $$
 declare
     i record;
 begin
@@ -470,7 +657,7 @@ end $$;
 comment on function saga.cancel is 'Asks for a cancel: requested; recorded, where nothing follows from it any more; ended; unknown';
 
 create function saga.record_late(p_id uuid, p_path text, p_epoch bigint, p_output json) returns text
-language plpgsql volatile as $$
+language plpgsql volatile set enable_seqscan = off as $$
 begin
     perform from saga.workflow_instances w where w.id = p_id for no key update;
     if exists (select from saga.tasks t where t.instance_id = p_id and t.path = p_path and t.outcome = 'completed') then
@@ -492,7 +679,7 @@ comment on function saga.record_late is 'Keeps the result of a fenced run unless
 -- ---------------------------------------------------------------------------------------------------------------
 -- Locks. 1936287841 is 'sga!'. The advisory lock comes first, the instance's row second, everywhere.
 create function saga.acquire(p_id uuid, p_epoch bigint, p_key text, p_path text) returns text
-language plpgsql volatile as $$
+language plpgsql volatile set enable_seqscan = off as $$
 begin
     perform pg_advisory_xact_lock(1936287841, hashtext(p_key));
     perform from saga.workflow_instances i where i.id = p_id and i.lease_epoch = p_epoch for no key update;
@@ -509,7 +696,7 @@ begin
 end $$;
 comment on function saga.acquire is 'Takes a lock or queues up for it; asking again changes nothing';
 
-create function saga.release_locks(p_id uuid) returns void language plpgsql volatile as $$
+create function saga.release_locks(p_id uuid) returns void language plpgsql volatile set enable_seqscan = off as $$
 declare
     held record;
     next record;
@@ -533,7 +720,7 @@ comment on function saga.release_locks is 'Gives back the locks of an instance t
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Children.
-create function saga.tell_parent(p_id uuid) returns void language plpgsql volatile as $$
+create function saga.tell_parent(p_id uuid) returns void language plpgsql volatile set enable_seqscan = off as $$
 declare
     c saga.workflow_instances;
 begin
@@ -549,7 +736,7 @@ begin
 end $$;
 comment on function saga.tell_parent is 'Tells the parent that its child has ended; once for each end';
 
-create function saga.undo_child(p_id uuid) returns text language plpgsql volatile as $$
+create function saga.undo_child(p_id uuid) returns text language plpgsql volatile set enable_seqscan = off as $$
 declare
     c record;
 begin
@@ -569,7 +756,7 @@ begin
 end $$;
 comment on function saga.undo_child is 'Asks a child to undo itself: opens it again where it has completed, else cancels it; undone: there is nothing left';
 
-create function saga.sweep(p_limit integer) returns integer language plpgsql volatile as $$
+create function saga.sweep(p_limit integer) returns integer language plpgsql volatile set enable_seqscan = off as $$
 declare
     found_id uuid;
     done integer := 0;
@@ -597,7 +784,7 @@ comment on function saga.sweep is 'Does for instances that have ended what their
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Workers.
-create function saga.beat(p_id uuid, p_seconds double precision) returns boolean language sql volatile as $$
+create function saga.beat(p_id uuid, p_seconds double precision) returns boolean language sql volatile set enable_seqscan = off as $$
     with u as (
         update saga.workers w set alive_until = clock_timestamp() + make_interval(secs => p_seconds)
          where w.id = p_id and w.alive_until > clock_timestamp() returning 1)

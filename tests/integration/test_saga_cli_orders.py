@@ -136,9 +136,16 @@ async def test_what_is_wrong_is_one_line(
     assert len(said.err.splitlines()) == 1
 
 
-async def test_a_database_without_the_tables_says_how_to_get_them(database: str) -> None:
+async def test_a_database_without_the_tables_says_how_to_get_them_and_gets_them(log_pool: Pool, database: str) -> None:
+    """Red where `migrate` does not take the package from the options: it finds nothing to do."""
     said = await saga(database, "list", status=4)
-    assert "migrate up" in said.err
+    assert "run: saga migrate up" in said.err
+    assert (await saga(database, "migrate", "up")).out.startswith("applied saga 0001_saga\n")
+    assert {one["state"] for one in (await saga(database, "migrate", "status", "--json")).json} == {"applied"}
+    assert (await saga(database, "list")).out == "there are no such sagas\n"
+    assert "drop schema saga cascade;" in (await saga(database, "migrate", "sql", "--down")).out
+    assert (await saga(database, "migrate", "down", "--to", "0", "--yes")).out.endswith("took back saga 0001_saga\n")
+    assert await log_pool.fetchval("select to_regclass('outbox.events') is not null")
 
 
 @pytest.mark.parametrize("command", ["list", "show", "why", "plan", "start", "signal", "cancel", "pause", "resume"])

@@ -1,4 +1,4 @@
-"""`outbox migrate`: up, down, status, sql."""
+"""`outbox migrate` and `saga migrate`: up, down, status, sql; `Options.package` says whose migrations."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.cli.exits import Exit, UsageProblem
-from outbox.cli.run import AsJson, DatabaseUrl, connected, fail, out, print_json, run, settings_of
+from outbox.cli.run import AsJson, DatabaseUrl, Options, connected, fail, out, print_json, run, settings_of
 from outbox.postgres import Pool
 from outbox.settings import Settings
 from outbox.upkeep import migrate
@@ -17,10 +17,13 @@ from outbox.upkeep import status as overview
 app = typer.Typer(no_args_is_help=True, help="Create, change and remove our tables.")
 
 _STATE_STYLES = {"applied": "green", "pending": "yellow", "changed": "bold red", "unknown": "magenta"}
-PACKAGE = "outbox"
 
 
-@app.command(epilog="Example: `outbox migrate up --database-url postgresql://owner@db/shop`")
+def _package(context: typer.Context) -> str:
+    return context.obj.package if isinstance(context.obj, Options) else Options().package
+
+
+@app.command(epilog="Examples: `outbox migrate up --database-url postgresql://owner@db/shop`; `saga migrate up`")
 def up(
     context: typer.Context,
     *,
@@ -28,13 +31,13 @@ def up(
     database_url: DatabaseUrl = None,
 ) -> None:
     """Apply what is missing; does nothing where nothing is."""
-    run(_up(settings_of(context, database_url=database_url), to))
+    run(_up(settings_of(context, database_url=database_url), _package(context), to))
 
 
-async def _up(settings: Settings, to: int | None) -> None:
+async def _up(settings: Settings, package: str, to: int | None) -> None:
     async with connected(settings, application="outbox migrate") as pool:
         try:
-            applied = await migrate.up(pool, package=PACKAGE, to=to)
+            applied = await migrate.up(pool, package=package, to=to)
         except ValueError as error:
             raise UsageProblem(str(error)) from error
     for migration in applied:
@@ -43,7 +46,7 @@ async def _up(settings: Settings, to: int | None) -> None:
         out.print("nothing to do")
 
 
-@app.command(epilog="Examples: `outbox migrate down`, `outbox migrate down --to 0 --yes`")
+@app.command(epilog="Examples: `outbox migrate down`, `saga migrate down --to 0 --yes`")
 def down(
     context: typer.Context,
     *,
@@ -53,29 +56,29 @@ def down(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     database_url: DatabaseUrl = None,
 ) -> None:
-    """Take back the newest migration, and **the data in its tables**; stop relays and consumers first."""
-    run(_down(settings_of(context, database_url=database_url), to, yes=yes))
+    """Take back the newest migration, and **the data in its tables**; stop relays, consumers and workers first."""
+    run(_down(settings_of(context, database_url=database_url), _package(context), to, yes=yes))
 
 
-async def _down(settings: Settings, to: int | None, *, yes: bool) -> None:
+async def _down(settings: Settings, package: str, to: int | None, *, yes: bool) -> None:
     async with connected(settings, application="outbox migrate") as pool:
         try:
-            planned = await migrate.planned_down(pool, package=PACKAGE, to=to)
+            planned = await migrate.planned_down(pool, package=package, to=to)
         except ValueError as error:
             raise UsageProblem(str(error)) from error
         if not planned:
             out.print("nothing to do")
             return
         if not yes:
-            await _confirm(pool, planned)
-        for migration in await migrate.down(pool, package=PACKAGE, to=planned[-1].number - 1):
+            await _confirm(pool, package, planned)
+        for migration in await migrate.down(pool, package=package, to=planned[-1].number - 1):
             out.print(f"took back {migration}")
 
 
-async def _confirm(pool: Pool, planned: tuple[migrate.Migration, ...]) -> None:
+async def _confirm(pool: Pool, package: str, planned: tuple[migrate.Migration, ...]) -> None:
     """Say what would be lost, and ask."""
     out.print(f"This takes back {', '.join(map(str, planned))}, with all data in their tables.")
-    if planned[-1].number == 1:
+    if planned[-1].number == 1 and package == "outbox":
         found = await overview.read(pool)
         events = f"{found.lag_events:,}{'' if all(s.lag_exact for s in found.shards) else ' or more'}"
         out.print(f"The log holds {events} events that are not published yet; they would be lost.")
@@ -89,12 +92,12 @@ async def _confirm(pool: Pool, planned: tuple[migrate.Migration, ...]) -> None:
 @app.command(epilog="Exits 1 while something is pending or changed. Example: `outbox migrate status --json`")
 def status(context: typer.Context, *, as_json: AsJson = False, database_url: DatabaseUrl = None) -> None:
     """List the migrations and whether this database has them."""
-    run(_status(settings_of(context, database_url=database_url), as_json=as_json))
+    run(_status(settings_of(context, database_url=database_url), _package(context), as_json=as_json))
 
 
-async def _status(settings: Settings, *, as_json: bool) -> None:
+async def _status(settings: Settings, package: str, *, as_json: bool) -> None:
     async with connected(settings, application="outbox migrate") as pool:
-        rows = await migrate.status(pool, package=PACKAGE)
+        rows = await migrate.status(pool, package=package)
     if as_json:
         print_json([asdict(row) for row in rows])
     else:
@@ -120,6 +123,7 @@ def status_table(rows: list[migrate.MigrationStatus]) -> Table:
 
 @app.command(epilog="Example: `outbox migrate sql | psql --single-transaction -v ON_ERROR_STOP=1 shop`")
 def sql(
+    context: typer.Context,
     *,
     first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start with migration N.")] = 1,
     to: Annotated[int | None, typer.Option("--to", metavar="N", help="End with migration N.")] = None,
@@ -127,7 +131,7 @@ def sql(
 ) -> None:
     """Print the statements, bookkeeping included, for Alembic and other tools; needs no database."""
     try:
-        statements = migrate.statements(PACKAGE, first=first, to=to, reverse=reverse)
+        statements = migrate.statements(_package(context), first=first, to=to, reverse=reverse)
     except ValueError as error:
         fail(UsageProblem(str(error)))
     for statement in statements:

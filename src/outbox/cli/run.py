@@ -48,6 +48,8 @@ class Options:
 
     database_url: str | None = None
     kafka: str | None = None
+    package: str = "outbox"
+    """Whose migrations `migrate` is about."""
 
 
 def settings_of(context: typer.Context, *, database_url: str | None = None, kafka: str | None = None) -> Settings:

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import typer
 
+from outbox.cli import migrate
 from outbox.cli.logs import log_to_stderr
 from outbox.cli.run import DatabaseUrl, Kafka, Options
 from saga.cli import check, look, orders, worker
@@ -37,9 +38,10 @@ def options(
     """Sagas over PostgreSQL and Kafka."""
     assert not show_version, "the eager callback has left"
     log_to_stderr("critical")  # an error becomes the command's own message; `worker` says what it logs
-    context.obj = Options(database_url=database_url, kafka=kafka)
+    context.obj = Options(database_url=database_url, kafka=kafka, package="saga")
 
 
+app.add_typer(migrate.app, name="migrate")
 app.command(epilog="Examples: `saga worker --app shop.sagas`, `saga worker --app shop.main:make --log-level warning`")(
     worker.worker
 )

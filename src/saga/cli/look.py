@@ -20,7 +20,10 @@ from saga.settings import Settings
 from saga.why import why as reason_of
 
 _LIST_ROWS: Final = 50
-_KEY_COLUMNS: Final = 24
+_NAME_COLUMNS: Final = 40
+_ID_COLUMNS: Final = 38
+_OTHER_COLUMNS: Final = 25
+_WHY_MIN_COLUMNS: Final = 12
 
 StateNames = Annotated[
     list[str] | None,
@@ -68,26 +71,33 @@ async def _list(
     if not shown:
         out.print("there are no such sagas")
         return
+    out.print(_listed(shown, out.width))
+    if len(found) > limit:
+        out.print(f"there are more: raise --limit {limit}, or narrow with --state and --saga", style="dim")
+
+
+def _listed(shown: list[Summary], width: int) -> Table:
+    """As much as the terminal has room for: the name of each can be pasted, so the id is shown where it fits."""
+    names = [visible(f"{one.name}/{one.key}") for one in shown]
+    name_width = min(max(map(len, names)), _NAME_COLUMNS)
+    with_id = width >= name_width + _OTHER_COLUMNS + _ID_COLUMNS + _WHY_MIN_COLUMNS
+    why_width = width - name_width - _OTHER_COLUMNS - (_ID_COLUMNS if with_id else 0)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("Id", "Saga"):
-        table.add_column(heading, no_wrap=True)
-    width = max(len(visible(one.key)) for one in shown)
-    table.add_column("Key", overflow="fold", min_width=min(width, _KEY_COLUMNS), max_width=_KEY_COLUMNS)
+    if with_id:
+        table.add_column("Id", no_wrap=True)
+    table.add_column("Saga/key", overflow="fold", min_width=name_width, max_width=name_width)
     table.add_column("State", no_wrap=True)
     table.add_column("Age", justify="right", no_wrap=True)
-    table.add_column("Why", overflow="ellipsis", no_wrap=True)
-    for one in shown:
-        table.add_row(
-            Text(str(one.id)),
-            Text(f"{visible(one.name)}/{one.version}"),
-            Text(visible(one.key)),
+    table.add_column("Why", overflow="ellipsis", no_wrap=True, max_width=max(why_width, _WHY_MIN_COLUMNS))
+    for one, name in zip(shown, names, strict=True):
+        cells = (
+            Text(name),
             Text(one.state, style=STYLES.get(one.state, "")),
             age((one.now - one.created_at).total_seconds()),
             Text(visible(_short(one)), style="dim"),
         )
-    out.print(table)
-    if len(found) > limit:
-        out.print(f"there are more: raise --limit {limit}, or narrow with --state and --saga", style="dim")
+        table.add_row(*(Text(str(one.id)), *cells) if with_id else cells)
+    return table
 
 
 def _short(one: Summary) -> str:

@@ -47,8 +47,6 @@ class Row:
     error: str | None
     is_undone: bool
     attempts: int
-    undoable_until: datetime | None = None
-    """New here: what the do did can be undone at least until then, and some days more."""
 
 
 class Memory:
@@ -109,7 +107,9 @@ class Serving:
             [command.instance_id for command in distinct.values()],
             [command.path for command in distinct.values()],
             [command.contract for command in distinct.values()],
+            [self._undoable_until(command) for command in distinct.values()],
             limits.COMMANDS_KEPT_DAYS,
+            limits.COMMANDS_UNDOABLE_DAYS,
         )
         for row in rows:
             self._now = row["now"]
@@ -230,10 +230,7 @@ class Serving:
     ) -> tuple[Row, str]:
         output = handler.contract.reply.encode(await handling.call(handler.function(tx, value)))
         handler.contract.reply.decode(output)  # what cannot be read back is a failure here, while it can be undone
-        undoable_until = None if handler.undo is None else command.deadline or self._now
-        row = replace(
-            self._rows[command.key], outcome="completed", output=output, attempts=0, undoable_until=undoable_until
-        )
+        row = replace(self._rows[command.key], outcome="completed", output=output, attempts=0)
         return row, answer_to_do("completed", output, None)
 
     def _known_do(self, command: Command, row: Row) -> tuple[Row, str] | None:
@@ -252,6 +249,11 @@ class Serving:
             if row.outcome is None and self._is_old(command):
                 return row, answer_to_undo(command.round, FORGOTTEN)
         return replace(row, is_undone=True), answer_to_undo(command.round)
+
+    def _undoable_until(self, command: Command) -> datetime | None:
+        """The end of the saga, where there will be something to undo; its row stays some days longer."""
+        handler = self._handlers.get(command.contract)
+        return None if handler is not None and handler.undo is None else command.deadline
 
     def _is_old(self, command: Command) -> bool:
         assert self._now is not None
@@ -272,9 +274,6 @@ class Serving:
             [row.error for row in rows.values()],
             [row.is_undone for row in rows.values()],
             [row.attempts for row in rows.values()],
-            [row.undoable_until for row in rows.values()],
-            limits.COMMANDS_KEPT_DAYS,
-            limits.COMMANDS_UNDOABLE_DAYS,
             [message.topic for message in replies],
             [message.key for message in replies],
             [message.event_id for message in replies],

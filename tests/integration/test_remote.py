@@ -1,6 +1,7 @@
 """Remote steps over a broker: two services, two databases, two outboxes."""
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from saga import limits
 from saga.exchange import Exchange
 from saga.state import step_key
 from tests.support.faults import eventually
+from tests.support.kafka_server import RealKafka, create_topic
 from tests.support.participants import ReserveStock, create_stock
 from tests.support.producing import produce_raw
 from tests.support.remote_services import Services, some_stock
@@ -134,7 +136,7 @@ async def test_replies_that_fit_nothing_are_kept(services: Services) -> None:
         return [(name, text.encode()) for name, text in plain.items()]
 
     ok = json.dumps({"outcome": "completed", "output": 1}).encode()
-    records = [
+    records: list[tuple[bytes, bytes, list[tuple[str, bytes | None]]]] = [
         (b"k", ok, headers(unknown, step_key(unknown, "p#1"))),
         (b"k", ok, headers(known, unknown)),
         (b"k", b"{", headers(unknown, step_key(unknown, "p#1"))),
@@ -150,6 +152,21 @@ async def test_replies_that_fit_nothing_are_kept(services: Services) -> None:
     assert len(rows) == 5
     assert sum(row["instance_id"] == unknown for row in rows) == 1
     assert sum("no such saga" in row["reason"] for row in rows) == 1
+
+
+async def test_many_sagas_on_apache_kafka(saga_pool: Pool, stock_pool: Pool, real_kafka: RealKafka) -> None:
+    services = Services(saga_pool, stock_pool, real_kafka.bootstrap_servers, some_stock())
+    await services.create_topics(partitions=3)
+    with contextlib.suppress(AssertionError):  # it exists
+        await create_topic(services.broker, "stock-moves")
+    async with services.running():
+        keys = {f"{number}": "rejects" if number % 5 == 4 else "" for number in range(30)}
+        for key, fails in keys.items():
+            await services.shop.start(saga_pool, ReserveStock(fails=fails), key=key)
+        for key, fails in keys.items():
+            assert await services.ends(key) == ("failed" if fails else "completed")
+    assert await services.net() == 2 * 24
+    assert await services.stock_pool.fetchval("select count(*) from outbox.parked_events") == 0
 
 
 async def test_a_saga_that_turns_out_to_send_commands_has_its_replies_read(

@@ -14,7 +14,7 @@ create table saga.commands (
     forget_at timestamptz not null,
     primary key (participant, key),
     constraint commands_outcome_check check (outcome in ('completed', 'rejected', 'unknown'))
-);
+) with (fillfactor = 70);
 create index idx_commands_forget_at on saga.commands (forget_at);
 comment on table saga.commands is 'Commands that a participant of this service had: one row for a do and its undo, whichever came first';
 comment on column saga.commands.key is 'Names the do, for both; derived from the saga''s instance and path';

@@ -42,7 +42,7 @@ async def _round(ground: Ground, concurrent: int) -> float:
     async with ground.pool.acquire() as connection:
         began = time.perf_counter()
         for arguments in statements:
-            rows = await journal.CHECKPOINT.fetch(connection, *arguments)
+            rows = await journal.SQL.checkpoint.fetch(connection, *arguments)
             assert rows[-1]["answer"] == "applied", rows[-1]
         return time.perf_counter() - began
 

@@ -24,9 +24,11 @@ async def test_a_signal_reaches_a_saga_that_waits_for_it_once(saga_pool: Pool) -
     async with working(saga_pool, asks):
         handle = await asks.start(saga_pool, Order(), key="k")
         await reaches(saga_pool, handle.id, "waiting")
+        await pause(saga_pool, handle.id, "so that it cannot end in between")
         done = await signal(saga_pool, handle.id, "Approval", '{"approved": true}', "1")
         again = await signal(saga_pool, handle.id, "Approval", '{"approved": false}', "1")
         assert (done.effect, again.effect) == ("accepted", "duplicate")
+        await resume(saga_pool, handle.id, "both are sent")
         assert await handle.result(timeout=10) == "approved"
         with pytest.raises(NotWaiting, match="has ended"):
             await signal(saga_pool, handle.id, "Approval", "{}", None)

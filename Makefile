@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Tests wait for servers most of the time.
+WORKERS ?= 3
 STAMP  := $(VENV)/.sagabox-installed
 TYPED   = $(wildcard src tests/support tests/conftest.py benchmarks examples)
 LINTED  = $(wildcard src tests benchmarks examples)
@@ -27,7 +29,7 @@ demo: setup ## Watch the example work end to end, servers included
 	$(BIN)/python -m examples.agents.demo
 
 test: setup ## Run the tests (servers included; skips say why)
-	$(BIN)/python -m pytest -q -m 'not faults and not soak' --durations=15
+	$(BIN)/python -m pytest -q -m 'not faults and not soak' --durations=15 -n $(WORKERS) --dist loadfile
 
 check: setup ## Lint, format check, types, import direction
 	$(BIN)/ruff check $(LINTED)

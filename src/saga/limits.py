@@ -46,8 +46,10 @@ INSTANCES_IN_FLIGHT: Final = 2_000
 CLAIM_MAX_INSTANCES: Final = 200
 """Claimed in one statement: a worker that starts among thousands of ready instances takes them in turns."""
 TAKE_OVER_MAX_INSTANCES: Final = 1_000
-"""Taken from dead workers in one statement; the next one follows when these are claimed or after a moment."""
+"""Taken from dead workers in one statement."""
 TAKE_OVER_EVERY_SECONDS: Final = 0.5
+TAKE_OVER_AGAIN_SECONDS: Final = 0.1
+"""Where there were as many as that, and there may be more."""
 SWEEP_EVERY_SECONDS: Final = 30.0
 """Between two looks for what a crash left undone of instances that have ended."""
 SWEEP_MAX_INSTANCES: Final = 500

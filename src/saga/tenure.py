@@ -197,7 +197,8 @@ class Tenure:
                 swept = loop.time()
                 await journal.SQL.sweep.fetchval(self._around.pool, limits.SWEEP_MAX_INSTANCES)
                 await SQL.forget_workers.execute(self._around.pool)
-            await asyncio.sleep(limits.TAKE_OVER_EVERY_SECONDS)
+            is_more = len(lost) == limits.TAKE_OVER_MAX_INSTANCES
+            await asyncio.sleep(limits.TAKE_OVER_AGAIN_SECONDS if is_more else limits.TAKE_OVER_EVERY_SECONDS)
 
     async def _ring(self) -> None:
         loop = asyncio.get_running_loop()

@@ -71,7 +71,6 @@ LOOP_STALL_MAX_SECONDS: Final = 60.0
 """After that the worker counts as dead, although its process lives."""
 
 # Group commit.
-GROUPS_IN_FLIGHT: Final = 1
 GROUP_MAX_INSTANCES: Final = 500
 GROUP_MAX_BYTES: Final = 4_194_304
 LOCKED_WAIT_SECONDS: Final = 1.0

@@ -31,6 +31,7 @@ from saga.runner import Runner, Surroundings
 from saga.settings import Settings
 from saga.starts import starts_of
 from saga.wakeup import Wakeup
+from saga.writer import is_cancelled
 
 log = logging.getLogger(__name__)
 SQL: Final = postgres.Statements("saga", "tenure.sql")
@@ -113,7 +114,7 @@ class Tenure:
             try:
                 await work()
             except _TROUBLE as error:
-                if not retry.is_transient(error):
+                if not retry.is_transient(error) or is_cancelled():
                     raise
                 log.warning("worker %s: %r; trying again", self.worker_id, error)
                 await asyncio.sleep(next(pauses))

@@ -37,15 +37,17 @@ class Wakeup:
     async def attach(self, connection: Connection) -> None:
         """LISTEN on the connection that looks, before the first look."""
         self._connection, self.is_idle = connection, False
+        connection.add_termination_listener(self._on_notification)  # a look then finds out
         if self._settings.wakeup == "listen":
             await connection.add_listener(CHANNEL, self._on_notification)
 
     async def detach(self) -> None:
         """UNLISTEN; a connection that is gone has done so already."""
         connection, self._connection = self._connection, None
-        if connection is None or connection.is_closed():
+        if connection is None:
             return
-        with contextlib.suppress(*postgres.CONNECTION_ERRORS):
+        with contextlib.suppress(*postgres.CONNECTION_ERRORS):  # the pool may have taken a dead one back already
+            connection.remove_termination_listener(self._on_notification)
             async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                 if self.is_idle:
                     await SQL.stop_idling.fetchval(connection)

@@ -80,36 +80,29 @@ class Writer:
 
     async def run(self) -> None:
         """Write what is submitted, for ever; when cancelled, what has no answer gets none."""
+        pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+        group: list[_Entry] = []
         try:
-            async with asyncio.TaskGroup() as group:
-                for number in range(limits.GROUPS_IN_FLIGHT):
-                    group.create_task(self._run_lane(), name=f"checkpoints, lane {number}")
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+            while True:
+                try:
+                    async with postgres.acquire(self._pool) as connection:
+                        while True:
+                            group = [entry for entry in group if not entry.answer.done()] or self._next_group()
+                            if group:
+                                await self._write(connection, group)
+                                pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+                            else:
+                                await self._arrived.wait()
+                except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
+                    if not retry.is_transient(error) or is_cancelled():
+                        raise
+                    log.warning("checkpoints: %r; sending the same ones again", error)
+                    await asyncio.sleep(next(pauses))
         finally:
             for task in self._waiting:
                 task.cancel()
-            for entry in self._queue:
+            for entry in (*group, *self._queue):
                 entry.answer.cancel()
-
-    async def _run_lane(self) -> None:
-        pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
-        group: list[_Entry] = []
-        while True:
-            try:
-                async with postgres.acquire(self._pool) as connection:
-                    while True:
-                        group = [entry for entry in group if not entry.answer.done()] or self._next_group()
-                        if group:
-                            await self._write(connection, group)
-                            pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
-                        else:
-                            await self._arrived.wait()
-            except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
-                if not retry.is_transient(error):
-                    raise
-                log.warning("checkpoints: %r; sending the same ones again", error)
-                await asyncio.sleep(next(pauses))
 
     def _next_group(self) -> list[_Entry]:
         group: list[_Entry] = []
@@ -187,6 +180,12 @@ async def pause(pool: Pool, refused: Checkpoint, reason: str) -> None:
     """Pause the one instance whose checkpoint cannot be written; nothing happens if it is somebody else's by now."""
     text = f"the journal refuses a value: {reason}".replace("\x00", "\\x00")[: limits.REASON_MAX_CHARACTERS]
     await SQL.pause.execute(pool, refused.id, refused.epoch, refused.no, text)
+
+
+def is_cancelled() -> bool:
+    """Whether the running task was told to end: an error of closing something may have taken the place of that."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -185,7 +185,7 @@ async def test_of_two_idle_workers_the_one_that_serves_it_is_called(saga_pool: P
 
 
 async def test_a_worker_whose_listening_connection_is_gone_still_stops_at_once(saga_pool: Pool) -> None:
-    """It notices that the connection has ended, and listens on another one; a dead one does not keep it from stopping."""
+    """It notices that the connection has ended and listens on another one; a dead one does not keep it running."""
     async with working(saga_pool, shop, settings=PATIENT):
         await idle(saga_pool)
         kill = "select pg_terminate_backend(pid) from pg_locks where classid = 1936287842 and mode = 'ExclusiveLock'"

@@ -68,8 +68,9 @@ async def test_standby_takes_over(
     first.signal(number)
     assert await first.wait() == (-9 if number is signal.SIGKILL else 0), first.log
     await load
-    # In order nothing is repeated; killed, at most what was in flight.
-    await check(writers, broker, duplicates_max=2 * 2500 if number is signal.SIGKILL else 0)
+    # In order nothing is repeated; killed, or where the broker was too slow to acknowledge, at most what was in flight.
+    is_orderly = number is signal.SIGTERM and not any(word in first.log for word in ("abandoning", "another producer"))
+    await check(writers, broker, duplicates_max=0 if is_orderly else 2 * 2500)
     assert await log_pool.fetchval("select lease_epoch from outbox.shards") == 2
     assert await second.terminate() == 0
 

@@ -31,6 +31,9 @@ from saga.state import (
     intents_to_json,
 )
 
+MAX_CRASHES: Final = 5
+"""Without progress in between; one more pauses the instance."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Row:
@@ -47,6 +50,8 @@ class Row:
     owner: str | None = None
     epoch: int = 0
     no: int = 0
+    claimed_no: int = 0
+    crash_count: int = 0
     wakeups: int = 0
     cancel_reason: str | None = None
     pivoted: bool = False
@@ -122,6 +127,7 @@ class MemoryJournal:
             return None
         fresh = row.epoch == 0
         row.epoch += 1
+        row.claimed_no = row.no
         row.owner, row.is_ready, row.wake_at = owner, False, None
         row.state = "compensating" if row.ending else "running"
         return Claimed(
@@ -140,7 +146,7 @@ class MemoryJournal:
             tasks=tuple(row.tasks),
             plan=tuple(row.plan.values()),
             mailbox=self.look(instance_id),
-            has_locks=bool(row.locks),
+            has_locks=any(one == row.id for queue in self._locks.values() for one, _ in queue),
             parent_id=row.parent_id,
             parent_path=row.parent_path,
         )
@@ -153,9 +159,14 @@ class MemoryJournal:
     def take_over(self, instance_id: UUID) -> None:
         """The owner is dead: whatever it still writes is fenced off."""
         row = self.rows[instance_id]
-        if row.owner is not None:
-            row.owner, row.is_ready = None, True
-            row.epoch += 1
+        if row.owner is None:
+            return
+        row.owner, row.is_ready = None, True
+        row.epoch += 1
+        row.crash_count = 0 if row.no > row.claimed_no else row.crash_count + 1
+        if row.crash_count > MAX_CRASHES:
+            row.state, row.is_ready = "paused", False
+            row.paused_reason = f"crash loop: its worker was lost {row.crash_count} times without any progress"
 
     def resume(self, instance_id: UUID) -> None:
         """A person lets a paused instance go on."""
@@ -216,7 +227,7 @@ class MemoryJournal:
         row = self.rows[instance_id]
         row.wakeups += 1
         if row.owner is None and row.state in ("waiting", "compensating"):
-            row.is_ready = True
+            row.is_ready, row.wake_at = True, None
 
     def cancel(self, instance_id: UUID, reason: str) -> None:
         """Ask for a cancel."""

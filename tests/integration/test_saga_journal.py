@@ -275,7 +275,8 @@ async def test_a_journal_comes_back_as_it_was_written(saga_pool: Pool) -> None:
     assert [(m.kind, m.name, m.payload) for m in found.mailbox.mail] == [("signal", "S", '{"b": 1, "a": 2}')]
     assert found.mailbox.late == (Late(path="ship#1", output='{"z": 1}'),)
     assert (found.mailbox.wakeups, found.fresh, found.request, found.started_at) == (2, False, '{"sku":"x"}', NOW)
-    assert await saga_pool.fetchval("select duration_ms from saga.tasks where seq = 1") == 2000
+    durations = await saga_pool.fetch("select duration_ms from saga.tasks order by seq")
+    assert [one[0] for one in durations] == [None, 2000, None, None]
 
 
 # ------------------------------------------------------------------------------------------------ takeover

@@ -511,9 +511,12 @@ async def test_one_branch_is_unknown_while_another_is_in_flight() -> None:
 
 
 async def test_branches_are_undone_in_the_reverse_order_of_their_calls() -> None:
+    """The first one ends last. Red where the plan is the reverse of the journal."""
     scene = Scene(both, Order(), {"write completed (1)": "cancel"})
+    scene.ends("parallel#1[0]/charge#1", uncertain("parallel#1[0]/charge#1"))
     row = await scene.run()
     assert row.state == "cancelled"
+    assert [task.path for task in row.tasks][-1] == "parallel#1[0]/charge#1"
     assert [name for name, _ in undone] == ["ship", "charge"]
 
 

@@ -117,7 +117,8 @@ create table saga.tasks (
     started_at timestamptz,
     completed_at timestamptz not null default clock_timestamp(),
     duration_ms integer generated always as (
-        least(extract(epoch from completed_at - started_at) * 1000, 2147483647)::integer) stored,
+        case when started_at is not null
+             then least(extract(epoch from completed_at - started_at) * 1000, 2147483647)::integer end) stored,
     primary key (instance_id, seq),
     constraint tasks_status_check check (status in ('pending', 'running', 'completed', 'failed', 'skipped')),
     constraint tasks_outcome_check check (outcome in ('completed', 'rejected', 'unknown')),

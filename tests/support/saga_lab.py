@@ -11,8 +11,9 @@ from saga import Saga
 from saga.outcome import context_of, perform
 from saga.starting import First, first_call
 from saga.state import Completed, Fact, Refused, Uncertain, Work, step_key
+from saga.testing.commands import Message
 from saga.testing.faults import Choices, Turn
-from saga.testing.machine import EPOCH, Machine, Message
+from saga.testing.machine import EPOCH, Machine
 from saga.testing.memory import Row
 
 

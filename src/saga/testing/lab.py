@@ -39,8 +39,9 @@ from saga.state import (
     step_key,
 )
 from saga.step import Step, Target
+from saga.testing.commands import Message
 from saga.testing.faults import Choices
-from saga.testing.machine import EPOCH, Machine, Message
+from saga.testing.machine import EPOCH, Machine
 from saga.testing.memory import Row
 
 A = TypeVar("A")

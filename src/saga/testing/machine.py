@@ -23,13 +23,13 @@ from saga.state import (
     Fact,
     Granted,
     NotHappened,
-    OutboxRow,
     Refused,
     Uncertain,
     Unwritable,
     Work,
 )
 from saga.testing import faults
+from saga.testing.commands import Message, message_of
 from saga.testing.faults import Choices, Turn
 from saga.testing.memory import MemoryJournal
 
@@ -39,18 +39,6 @@ _MAX_TURNS: Final = 20_000
 
 Perform: TypeAlias = Callable[[Work], Awaitable[Fact]]
 """Performs one attempt of a step, a probe or a compensation, and says what became of it."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Message:
-    """A command on its way, or one that was handled."""
-
-    command: str
-    instance_id: UUID
-    path: str
-    name: str
-    payload: str
-    round: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -306,7 +294,7 @@ class Machine:
             return False
         row = self.journal.outbox[self._delivered]
         self._delivered += 1
-        message = _message(row)
+        message = message_of(row)
         if message is None:
             return True
         turn = self._choose(f"{message.command} command {message.path}", faults.COMMAND)
@@ -373,20 +361,6 @@ class Machine:
 
     def _say(self, words: str) -> None:
         self.log.append(f"{(self.now - EPOCH).total_seconds():10.1f}s  {words}")
-
-
-def _message(row: OutboxRow) -> Message | None:
-    headers = json.loads(row.headers or "{}")
-    if "saga-command" not in headers:
-        return None
-    return Message(
-        command=headers["saga-command"],
-        instance_id=UUID(headers["saga-id"]),
-        path=headers["saga-path"],
-        name=row.event_type.rpartition(".")[0],
-        payload=row.payload.decode(),
-        round=int(headers.get("saga-round", 0)),
-    )
 
 
 def _words(fact: Fact) -> str:

@@ -7,7 +7,8 @@ import sys
 
 import asyncpg
 
-from benchmarks.sagas import THREE, Clock, hanging
+from benchmarks.saga_takeover import hanging
+from benchmarks.sagas import THREE, Clock
 from saga import Settings, Worker
 
 

@@ -13,7 +13,7 @@ import asyncpg
 import typer
 from rich.console import Console
 
-from benchmarks import command, saga_floor, sagas
+from benchmarks import command, saga_floor, saga_takeover, sagas
 from benchmarks.report import Report
 from benchmarks.sagas import Ground, Plan
 from outbox import embedded
@@ -46,7 +46,7 @@ _PARTS: Final[dict[Part, Callable[[Ground, Plan, Report], Awaitable[None]]]] = {
     Part.FLOOR: saga_floor.floor,
     Part.LONG: sagas.long,
     Part.COMPENSATING: sagas.compensating,
-    Part.TAKEOVER: sagas.takeover,
+    Part.TAKEOVER: saga_takeover.takeover,
 }
 
 
@@ -61,12 +61,19 @@ async def measure(parts: list[Part], plan: Plan, report: Report, console: Consol
                 console.print(f"{part} ({number + 1} of {plan.repeat}) ...", highlight=False)
                 async with fresh(databases) as ground:
                     await _PARTS[part](ground, plan, report)
-    if "saga_per_second_c200" in report and "checkpoint_floor_per_second_c200" in report:
-        report.section("Happy path, 3 steps")
-        share = report["saga_per_second_c200"] / report["checkpoint_floor_per_second_c200"]
-        report.add("share_of_floor_c200", share, "ratio", plan.sagas)
+    _shares(plan, report)
     await command.other_load(report)
     command.warn_of_noise(report, console)
+
+
+def _shares(plan: Plan, report: Report) -> None:
+    """Of the floor of the same run."""
+    report.section("Sagas as a share of the floor")
+    for concurrent in (1, *plan.concurrent):
+        rate, limit = f"saga_per_second_c{concurrent}", f"checkpoint_floor_per_second_c{concurrent}"
+        if rate in report and limit in report:
+            share = report[rate] / report[limit]
+            report.add(f"share_of_floor_c{concurrent}", share, "ratio", plan.count(plan.sagas, concurrent))
 
 
 @asynccontextmanager
@@ -97,8 +104,8 @@ def main(
 ) -> None:
     """Measure sagas whose steps do nothing: what is left is what their durability costs.
 
-    Clients start sagas and wait for their results in one process with the worker, 20, 200 and 1,000 at a time. The
-    floor is the checkpoint statement alone, sent for as many instances at a time, as often as such a saga needs it.
+    Clients start sagas and wait for their results in one process with the worker, 1, 20, 200 and 1,000 at a time. The
+    floor is the statements that such a saga cannot do without (start, claim, checkpoints), for as many at a time.
     PostgreSQL is started for the run, or taken from DATABASE_URL.
     """
     plan = Plan(sagas=count, repeat=repeat)

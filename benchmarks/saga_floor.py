@@ -1,74 +1,94 @@
-"""The bare checkpoint statement: no body, no decision, no call; what durable sagas cannot be faster than."""
+"""What durable sagas cannot be faster than: their statements alone, without a body, a decision, or a call.
+
+A round is one group of sagas of three steps: one statement starts them, one claims them, and three write a checkpoint
+of each, all on one connection, one after the other. The parameters are made before the clock runs.
+"""
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 from benchmarks.report import Report
-from benchmarks.sagas import THREE, Ground, Order, Plan
+from benchmarks.sagas import THREE, Ground, Order, Plan, counters
+from outbox.postgres import Connection
 from saga import journal
-from saga.journal import Lease, Start
+from saga.journal import Start
 from saga.starting import First
 from saga.state import Checkpoint, Intent, TaskRow
 
-_STEPS = 3
-_INPUT = '{"order": {"order": "1234567890/1234"}, "number": 1}'
+_STEPS: Final = 3
+_ORDER: Final = Order(order="1234567890/1234")
+_INPUT: Final = '{"order": {"order": "1234567890/1234"}, "number": 1}'
+_LEASE_SECONDS: Final = 3_600.0
 
 
 async def floor(ground: Ground, plan: Plan, report: Report) -> None:
-    """As many checkpoints as three-step sagas need, by one connection, for as many instances at a time."""
-    report.section("Floor: the checkpoint statement alone")
-    for concurrent in plan.concurrent:
-        rounds = max(1, plan.sagas // concurrent)
-        seconds = 0.0
-        for _ in range(rounds):
-            seconds += await _round(ground, concurrent)
-        rate = rounds * concurrent / seconds
-        report.add(f"checkpoint_floor_per_second_c{concurrent}", rate, "sagas/s", rounds * concurrent)
-
-
-async def _round(ground: Ground, concurrent: int) -> float:
-    """Seconds for the checkpoints of so many sagas; they are started and claimed before the clock runs."""
+    """As many at a time as clients wait for sagas in the other parts."""
+    report.section("Floor, 3 steps: bare statements")
     owner = uuid4()
-    await _claimed(ground, owner, concurrent)
-    leases: list[Lease] = []
-    while len(leases) < concurrent:
-        leases += await journal.claim(ground.pool, owner, concurrent, [THREE.workflow_id])
-    statements = [
-        journal._arguments([_checkpoint(lease, number) for lease in leases])  # the bare statement, nothing around it
-        for number in range(_STEPS)
-    ]
+    await journal.SQL.register.execute(ground.pool, owner, "floor", _LEASE_SECONDS, "[]")
     async with ground.pool.acquire() as connection:
-        began = time.perf_counter()
-        for arguments in statements:
-            rows = await journal.SQL.checkpoint.fetch(connection, *arguments)
-            assert rows[-1]["answer"] == "applied", rows[-1]
-        return time.perf_counter() - began
+        await _round(connection, owner, 50)  # plans, tables
+        for concurrent in (1, *plan.concurrent):
+            count = max(1, (plan.serial if concurrent == 1 else plan.sagas) // concurrent) * concurrent
+            before, whole, alone = await counters(ground.pool), 0.0, 0.0
+            for _ in range(count // concurrent):
+                started_and_claimed, written = await _round(connection, owner, concurrent)
+                whole += started_and_claimed + written
+                alone += written
+            after = await counters(ground.pool)
+            report.add(f"checkpoint_floor_per_second_c{concurrent}", count / whole, "sagas/s", count)
+            report.add(f"checkpoint_alone_per_second_c{concurrent}", count / alone, "sagas/s", count)
+            if concurrent == 200:
+                report.add("floor_commits_per_saga_c200", (after.commits - before.commits) / count, "commits", count)
+                report.add(
+                    "floor_wal_bytes_per_saga_c200", (after.wal_bytes - before.wal_bytes) / count, "bytes", count
+                )
 
 
-async def _claimed(ground: Ground, owner: UUID, count: int) -> None:
-    await journal.SQL.register.execute(ground.pool, owner, "floor", 3_600.0, "[]")
-    now = datetime.now(UTC)
-    order = Order(order="x")
-    starts = [
-        Start(
-            id=(instance_id := uuid4()),
-            saga=THREE,
-            key=str(instance_id),
-            digest=THREE.request.digest(order),
-            request=THREE.request.encode(order),
-            started_at=now,
-            deadline_at=now + timedelta(hours=1),
-            first=First(),
-        )
-        for _ in range(count)
-    ]
-    await journal.start(ground.pool, starts)
+async def _round(connection: Connection, owner: UUID, concurrent: int) -> tuple[float, float]:
+    """Seconds of start and claim, and of the checkpoints."""
+    starts = [_start() for _ in range(concurrent)]
+    beginning = journal._start_arguments(starts, None)  # the bare statements, nothing around them
+    ids = [start.id for start in starts]
+    checkpoints = [journal._arguments([_checkpoint(of, number) for of in ids]) for number in range(_STEPS)]
+    began = time.perf_counter()
+    await journal.SQL.start.fetch(connection, *beginning)
+    claimed = await journal.SQL.claim.fetch(connection, owner, concurrent, [THREE.workflow_id])
+    leased = time.perf_counter()
+    for arguments in checkpoints:
+        _applied(await journal.SQL.checkpoint.fetch(connection, *arguments))
+    ended = time.perf_counter()
+    assert len(claimed) == concurrent, f"{len(claimed)} of {concurrent} were claimed"
+    return leased - began, ended - leased
 
 
-def _checkpoint(lease: Lease, number: int) -> Checkpoint:
-    """Result `number`, and the intent of the next call or the end."""
+def _applied(rows: Sequence[Any]) -> None:
+    assert rows[-1]["answer"] == "applied", rows[-1]
+
+
+def _start() -> Start:
+    now, instance_id = datetime.now(UTC), uuid4()
+    return Start(
+        id=instance_id,
+        saga=THREE,
+        key=str(instance_id),
+        digest=THREE.request.digest(_ORDER),
+        request=THREE.request.encode(_ORDER),
+        started_at=now,
+        deadline_at=now + timedelta(hours=1),
+        first=First(intents=(_intent(1, now),)),
+    )
+
+
+def _intent(number: int, now: datetime) -> Intent:
+    return Intent(path=f"work#{number}", name="work", kind="step", digest=b"d" * 16, input=_INPUT, started_at=now)
+
+
+def _checkpoint(instance_id: UUID, number: int) -> Checkpoint:
+    """Result `number`, and the intent of the next call or the end; of an instance that was claimed once."""
     now = datetime.now(UTC)
     is_last = number == _STEPS - 1
     row = TaskRow(
@@ -83,15 +103,12 @@ def _checkpoint(lease: Lease, number: int) -> Checkpoint:
         started_at=now,
         completed_at=now,
     )
-    following = Intent(
-        path=f"work#{number + 2}", name="work", kind="step", digest=b"d" * 16, input=_INPUT, started_at=now
-    )
-    columns: dict[str, Any] = {"output": '"done 3"'} if is_last else {"next": (following,)}
+    columns: dict[str, Any] = {"output": '"done 3"'} if is_last else {"next": (_intent(number + 2, now),)}
     return Checkpoint(
-        id=lease.claimed.id,
-        epoch=lease.claimed.epoch,
-        no=lease.claimed.checkpoint_no + number,
-        seen=lease.claimed.mailbox.wakeups,
+        id=instance_id,
+        epoch=1,
+        no=number,
+        seen=0,
         rows=(row,),
         state="completed" if is_last else "running",
         held=not is_last,

@@ -237,9 +237,14 @@ async def start(
         starts: of different keys.
         owner: a living worker that gets them at once; never inside a caller's transaction.
     """
+    rows = await SQL.start.fetch(db, *_start_arguments(starts, owner))
+    return [(row["id"], row["answer"]) for row in rows]
+
+
+def _start_arguments(starts: Sequence[Start], owner: UUID | None) -> list[Any]:
+    """The parameters of the statement, in order."""
     outbox = [(s.id, row) for s in starts for row in s.first.outbox]
-    rows = await SQL.start.fetch(
-        db,
+    return [
         [s.id for s in starts],
         [s.saga.workflow_id for s in starts],
         [s.saga.name for s in starts],
@@ -253,8 +258,7 @@ async def start(
         owner,
         [of for of, _ in outbox],
         *_messages([row for _, row in outbox]),
-    )
-    return [(row["id"], row["answer"]) for row in rows]
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ claiming

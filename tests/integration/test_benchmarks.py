@@ -47,14 +47,22 @@ PROMISED_OF_SAGAS = {
     "saga_per_second_c20": "sagas/s",
     "saga_per_second_c200": "sagas/s",
     "saga_per_second_c1000": "sagas/s",
+    "checkpoint_floor_per_second_c20": "sagas/s",
     "checkpoint_floor_per_second_c200": "sagas/s",
+    "checkpoint_floor_per_second_c1000": "sagas/s",
+    "checkpoint_alone_per_second_c200": "sagas/s",
+    "share_of_floor_c20": "ratio",
     "share_of_floor_c200": "ratio",
+    "share_of_floor_c1000": "ratio",
     "step_p50_ms": "ms",
     "step_p99_ms": "ms",
     "commits_per_step_c200": "commits",
+    "commits_per_saga_c200": "commits",
     "wal_bytes_per_saga_c200": "bytes",
+    "saga10_per_second_c1": "sagas/s",
     "saga10_per_second_c200": "sagas/s",
     "compensated_per_second_c200": "sagas/s",
+    "compensated10_per_second_c1000": "sagas/s",
     "takeover_10k_seconds": "s",
 }
 
@@ -143,6 +151,9 @@ def test_sagas_every_promised_metric_is_there_and_steps_share_commits(of_sagas: 
     assert all(isinstance(row["n"], int) and row["n"] > 0 for row in of_sagas.values())
     assert number(of_sagas, "commits_per_step_c1") < 2  # a start and three checkpoints for three steps, and a few more
     assert number(of_sagas, "commits_per_step_c200") < 0.2
+    for concurrent in (20, 200, 1_000):
+        alone = number(of_sagas, f"checkpoint_alone_per_second_c{concurrent}")
+        assert 0 < number(of_sagas, f"checkpoint_floor_per_second_c{concurrent}") < alone
 
 
 @pytest.mark.parametrize("module", ["relay", "cache", "saga"])

@@ -210,6 +210,20 @@ class Compensating:
             return None
         return self._work(self._change(row, status="executing", late_seen=len(self._ledger.late_of(row.path))))
 
+    def check(self) -> None:
+        """See that the code can undo everything that is left, and not only what is next.
+
+        Raises:
+            Stuck: it cannot.
+        """
+        for row in self.rows:
+            if row.status == "completed" or _given_up(row):
+                continue
+            if row.kind == "remote":
+                self._target(row)
+            else:
+                self._work(row)
+
     def following(self, now: datetime) -> "Following":
         """What has to be written for the current row.
 
@@ -226,8 +240,8 @@ class Compensating:
         if row.kind != "remote":
             begun = replace(row, status="executing", late_seen=len(self._ledger.late_of(row.path)))
             return Following(rows=(begun,), held=True)
-        target = find(self._saga, row.name)
-        assert isinstance(target, Remote), f"{row.name} was remote and is not any more"
+        target = self._target(row)
+        assert isinstance(target, Remote), target
         until = now + timedelta(seconds=self._retried(row).timeout_seconds)
         sent = replace(row, status="executing", not_before=until, late_seen=len(self._ledger.late_of(row.path)))
         command = messages.undo(self._id, target, row, self._task(row), self._saga.reply_topic)
@@ -258,13 +272,13 @@ class Compensating:
         if row.kind == "child":
             child_id = step_key(self._id, row.path)
             return Work(kind="undo_child", timeout_seconds=limits.STEP_TIMEOUT_SECONDS, child_id=child_id, **common)
-        target = find(self._saga, row.name)
+        target = self._target(row)
         kind: WorkKind = "undo_transactional" if row.kind == "transactional" else "undo"
         try:
             values = target.arguments.decode(task.input or "null")
             done, ask_first = self._done(row, task, target)
         except PayloadError as error:
-            raise Stuck(f"{row.path} cannot be undone: {error}") from error
+            raise Stuck(row.path, f"{row.path} cannot be undone: {error}") from error
         return Work(
             kind=kind,
             target=target,
@@ -274,6 +288,22 @@ class Compensating:
             timeout_seconds=self._retried(row).timeout_seconds,
             **common,
         )
+
+    def _target(self, row: PlanRow) -> Target:
+        """What undoes a row.
+
+        Raises:
+            Stuck: the code has it no more, or as something else.
+        """
+        target = find(self._saga, row.path, row.name)
+        lacks = f"is a {target.kind} step" if target.kind != row.kind else "has no compensation"
+        if target.kind != row.kind or (row.kind != "remote" and target.undo is None):
+            raise Stuck(
+                row.path,
+                f"{row.path} has to be undone as a {row.kind} step, and {row.name} {lacks} in the code of "
+                f"{self._saga.name} any more; bring it back, or skip it: saga resume ID --skip {row.path} --reason ...",
+            )
+        return target
 
     def _task(self, row: PlanRow) -> TaskRow:
         """The journalled step of a row."""

@@ -40,9 +40,9 @@ from saga.calls import Calls, Needs
 from saga.compensating import Compensating
 from saga.composing import Composer
 from saga.definition import Saga
-from saga.errors import PayloadError
+from saga.errors import BodyError, PayloadError
 from saga.forward import Diverged, Forward, Unreadable
-from saga.ledger import Ledger, ended_by
+from saga.ledger import Ledger
 from saga.plan import Stuck, make_plan
 from saga.state import (
     ENDED,
@@ -88,6 +88,8 @@ class Execution:
         """Whether something was told since the body was run last."""
         self._looking = False
         self._released = False
+        self.problem: Exception | None = None
+        """What keeps the code from going on with this journal, where that is why the instance pauses."""
 
     @property
     def epoch(self) -> int:
@@ -98,7 +100,7 @@ class Execution:
 
     def begin(self, now: datetime) -> Decision:
         """What to do first."""
-        self._take_replies()
+        self._ledger.take_replies()
         if self._ending is not None and self._claimed.plan:
             self._back = Compensating(self._saga, self._claimed.id, self._ledger, self._claimed.plan)
             self._back.claimed(now)
@@ -140,7 +142,7 @@ class Execution:
             case "fenced":
                 return self._fenced()
             case "broken":
-                self._release()
+                self.release()
                 raise RuntimeError(
                     f"instance {checkpoint.id}: checkpoint {checkpoint.no + 1} of epoch {checkpoint.epoch} is somebody"
                     " else's; two workers share an epoch, or the journal was edited"
@@ -154,7 +156,7 @@ class Execution:
         self._cancel = mailbox.cancel_reason
         self._pause_asked = mailbox.pause_asked
         self._ledger.read(mailbox)
-        self._take_replies()
+        self._ledger.take_replies()
         if self._back is not None:
             self._back.read(now)
         return self._decide(now)
@@ -188,10 +190,16 @@ class Execution:
         self._apply(checkpoint, with_next=True)
         if checkpoint.held:
             return self._decide(now)
-        self._release()
+        self.release()
         return Decision(released=True, chores=self._chores(checkpoint.state))
 
-    def _release(self) -> None:
+    def check_way_back(self) -> None:
+        """See that the code can undo what is left of the plan; raises `Stuck` where it cannot."""
+        if self._back is not None:
+            self._back.check()
+
+    def release(self) -> None:
+        """Let go of the instance where it stands; nothing more is decided."""
         self._released = True
         if self._forward is not None:
             self._forward.body.close()
@@ -221,7 +229,7 @@ class Execution:
             self._forward.rebuild()
 
     def _fenced(self) -> Decision:
-        self._release()
+        self.release()
         late = [
             Late(path=path, output=ended.output or "null")
             for path, ended in self._ledger.ended.items()
@@ -236,16 +244,6 @@ class Execution:
         chores: tuple[Chore, ...] = ("release_locks",) if held else ()
         return (*chores, "tell_parent") if self._claimed.parent_id is not None else chores
 
-    def _take_replies(self) -> None:
-        """Replies, ends of children and granted locks end calls like facts do."""
-        for mail in self._ledger.mail.values():
-            open_call = mail.name in self._ledger.intents or mail.kind == "lock"
-            if mail.kind in ("signal", "undone") or not open_call or self._ledger.row(mail.name) is not None:
-                continue
-            if (known := self._ledger.ended.get(mail.name)) is not None and not known.by_absence:
-                continue
-            self._ledger.ended[mail.name] = ended_by(mail, not_before=self._claimed.started_at)
-
     # -------------------------------------------------------------------------------------------- forward
 
     def _decide(self, now: datetime) -> Decision:
@@ -258,9 +256,9 @@ class Execution:
         except Diverged as divergence:
             self._ledger.forget_pending()
             self._calls.results()
-            return self._pause(str(divergence), now)
+            return self._pause(divergence, now)
         except (Unreadable, Stuck, PayloadError) as problem:
-            return self._pause(str(problem), now)
+            return self._pause(problem, now)
 
     def _decide_forward(self, now: datetime) -> Decision:
         if self._verdict is not None:
@@ -280,10 +278,10 @@ class Execution:
                 return self._ask(self._compose.completed(now, self._saga.result.encode(value)))
             case Raised(reason=reason):
                 if self._calls.pivoted or self._compose.passes_pivot:
-                    return self._pause(f"rejected after the pivot: {reason}", now)
+                    return self._pause(BodyError(f"rejected after the pivot: {reason}"), now)
                 return self._go_back("failed", reason, now)
             case Broke(problem=problem):
-                return self._pause(problem, now)
+                return self._pause(BodyError(problem), now)
             case _:
                 raise AssertionError(f"the body is {position}, and nothing said so")
 
@@ -384,12 +382,13 @@ class Execution:
 
     # -------------------------------------------------------------------------------------------- writing
 
-    def _pause(self, reason: str, now: datetime, *, strict: bool = False) -> Decision:
+    def _pause(self, reason: str | Exception, now: datetime, *, strict: bool = False) -> Decision:
         """Stop until a person resumes it; what is known of results is kept, and nothing new begins."""
         if self._calls.flying or self._undoing:
             return _WAIT
+        self.problem = reason if isinstance(reason, Exception) else None
         back = self._back if self._ending is not None else None
-        return self._ask(self._compose.paused(now, reason, back.changes if back else None, strict=strict))
+        return self._ask(self._compose.paused(now, str(reason), back.changes if back else None, strict=strict))
 
     def _ask(self, checkpoint: Checkpoint, start: tuple[Work, ...] = ()) -> Decision:
         self._writing = checkpoint

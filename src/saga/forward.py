@@ -24,15 +24,31 @@ from saga.state import Claimed, TaskRow
 
 
 class Diverged(Exception):
-    """The body and the journal do not agree."""
+    """The body and the journal do not agree.
 
-    def __init__(self, path: str, problem: str) -> None:
+    Attributes:
+        path: of the journal's row or intent.
+        journal: what the journal has there, in a few words.
+        code: what the code asks for.
+    """
+
+    def __init__(self, path: str, problem: str, *, journal: str, code: str) -> None:
         super().__init__(f"diverged at {path}: {problem}")
         self.path: Final = path
+        self.journal: Final = journal
+        self.code: Final = code
 
 
 class Unreadable(Exception):
-    """A result cannot be read as what the step says now that it returns."""
+    """A result cannot be read as what the step says now that it returns.
+
+    Attributes:
+        path: of the result.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(problem)
+        self.path: Final = path
 
 
 class Forward:
@@ -108,7 +124,8 @@ class Forward:
                 return None if row.output is None else operation.signal.model_validate_json(row.output)
             return operation.saga.result.decode(row.output or "null") if slot.kind == "child" else None  # type: ignore[attr-defined]
         except ValueError as error:
-            raise Unreadable(str(error) if isinstance(error, PayloadError) else f"{row.path}: {error}") from error
+            problem = str(error) if isinstance(error, PayloadError) else f"{row.path}: {error}"
+            raise Unreadable(row.path, problem) from error
 
     # -------------------------------------------------------------------------------------------- agreement
 
@@ -124,7 +141,13 @@ class Forward:
             if slot is None:
                 if len(slots) == 0:
                     return
-                raise Diverged(row.path, f"the journal has it where the code now asks for {min(slots)}")
+                asked = min(slots)
+                raise Diverged(
+                    row.path,
+                    f"the journal has it where the code now asks for {asked}",
+                    journal=f"{row.kind} {row.path}",
+                    code=f"{slots[asked].kind} {asked}",
+                )
             _check_same(slot, row.kind, row.digest or b"")
             index += 1
 
@@ -135,15 +158,25 @@ class Forward:
         for intent in self._ledger.open_intents():
             slot = slots.get(intent.path)
             if slot is None:
-                raise Diverged(intent.path, f"it may be happening where the code now asks for {min(slots)}")
+                asked = min(slots)
+                raise Diverged(
+                    intent.path,
+                    f"it may be happening where the code now asks for {asked}",
+                    journal=f"{intent.kind} {intent.path}, begun",
+                    code=f"{slots[asked].kind} {asked}",
+                )
             _check_same(slot, intent.kind, intent.digest)
 
     def _check_end(self) -> None:
         rows = self._ledger.rows + self._ledger.pending
         if self._consumed < len(rows):
-            raise Diverged(rows[self._consumed].path, "the journal has it, and the code does not ask for it any more")
+            row = rows[self._consumed]
+            problem = "the journal has it, and the code does not ask for it any more"
+            raise Diverged(row.path, problem, journal=f"{row.kind} {row.path}", code="the end of the body")
         for intent in self._ledger.open_intents():
-            raise Diverged(intent.path, "it may be happening, and the code does not ask for it any more")
+            problem = "it may be happening, and the code does not ask for it any more"
+            journal = f"{intent.kind} {intent.path}, begun"
+            raise Diverged(intent.path, problem, journal=journal, code="the end of the body")
 
     # -------------------------------------------------------------------------------------------- new rows
 
@@ -210,6 +243,8 @@ def _row(slot: Slot, *, at: datetime, **columns: Any) -> TaskRow:
 
 def _check_same(slot: Slot, kind: str, digest: bytes) -> None:
     if slot.kind != kind:
-        raise Diverged(slot.path, f"the journal has a {kind}, the code asks for a {slot.kind}")
+        problem = f"the journal has a {kind}, the code asks for a {slot.kind}"
+        raise Diverged(slot.path, problem, journal=f"{kind} {slot.path}", code=f"{slot.kind} {slot.path}")
     if slot.digest != digest:
-        raise Diverged(slot.path, "the code calls it with another input than the journal has")
+        problem = "the code calls it with another input than the journal has"
+        raise Diverged(slot.path, problem, journal=f"{kind} {slot.path}", code="the same with another input")

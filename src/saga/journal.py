@@ -275,10 +275,11 @@ class Lease:
 
 async def claim(db: "Connection | Pool", owner: UUID, limit: int, workflows: Sequence[UUID]) -> list[Lease]:
     """Take instances of these definitions that are ready, longest first."""
-    return [_lease(row) for row in await SQL.claim.fetch(db, owner, limit, list(workflows))]
+    return [lease_of(row) for row in await SQL.claim.fetch(db, owner, limit, list(workflows))]
 
 
-def _lease(row: Record) -> Lease:
+def lease_of(row: Record) -> Lease:
+    """An instance with its journal, as `saga.read_claimed` returns it."""
     claimed = Claimed(
         id=row["id"],
         epoch=row["epoch"],

@@ -73,6 +73,7 @@ class Ledger:
         self.mail: Final[dict[int, Mail]] = {mail.no: mail for mail in claimed.mailbox.mail}
         self.late: tuple[Late, ...] = claimed.mailbox.late
         self._next_seq = self.rows[-1].seq + 1 if self.rows else 1
+        self._started_at: Final = claimed.started_at
 
     def row(self, path: str) -> TaskRow | None:
         """The row of a path, written or pending."""
@@ -124,6 +125,16 @@ class Ledger:
         """Take in what a look at the mail showed."""
         self.mail.update({mail.no: mail for mail in mailbox.mail})
         self.late = mailbox.late
+
+    def take_replies(self) -> None:
+        """Replies, ends of children and granted locks end calls like facts do."""
+        for mail in self.mail.values():
+            open_call = mail.name in self.intents or mail.kind == "lock"
+            if mail.kind in ("signal", "undone") or not open_call or mail.name in self.by_path:
+                continue
+            if (known := self.ended.get(mail.name)) is not None and not known.by_absence:
+                continue
+            self.ended[mail.name] = ended_by(mail, not_before=self._started_at)
 
     def late_of(self, path: str) -> list[Late]:
         """The late results of a step, oldest first."""

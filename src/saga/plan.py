@@ -17,7 +17,15 @@ _UNDOABLE: Final = ("step", "transactional", "remote", "child")
 
 
 class Stuck(Exception):
-    """Compensation cannot go on without a person."""
+    """Compensation cannot go on without a person.
+
+    Attributes:
+        path: what cannot be undone.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(problem)
+        self.path: Final = path
 
 
 class Retried:
@@ -59,7 +67,7 @@ def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> l
             continue
         target = None
         if row.kind != "child":
-            target = find(saga, row.name)
+            target = find(saga, row.path, row.name)
             if row.kind != "remote" and target.undo is None:
                 continue
         plan.append(
@@ -113,7 +121,7 @@ def in_order_of_calls(rows: Sequence[TaskRow]) -> list[TaskRow]:
     return ordered + [of for _, of in sorted(block, key=lambda item: item[0])]
 
 
-def find(saga: Saga[Any, Any], name: str) -> Target:
+def find(saga: Saga[Any, Any], path: str, name: str) -> Target:
     """The step that a name of the journal stands for.
 
     Raises:
@@ -122,7 +130,8 @@ def find(saga: Saga[Any, Any], name: str) -> Target:
     target = saga.find(name)
     if target is None:
         raise Stuck(
+            path,
             f"nothing is called {name} in the code of {saga.name} any more, and the journal says that it happened; "
-            "bring the step back, or skip it: saga resume ID --skip STEP --reason ..."
+            f"bring the step back, or skip it: saga resume ID --skip {path} --reason ...",
         )
     return target

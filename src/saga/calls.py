@@ -178,26 +178,32 @@ class Calls:
 
     def _unknown(self, intent: Intent, error: str, now: datetime) -> None:
         if self.pivoted:
-            self._keep(replace(intent, phase="stuck", flying=False, tainted=True, error=error))
-            self.stuck[intent.path] = f"{intent.path} is unknown after the pivot: {error}"
+            self._get_stuck(replace(intent, tainted=True), error)
         else:
             self._keep(replace(intent, flying=False, error=error))
             self._end(intent.path, Ended(outcome="unknown", error=error, at=now))
 
     def expire(self, now: datetime) -> None:
-        """Commands whose reply did not come in time."""
+        """Commands whose reply did not come in time; after the pivot also those whose reply says that nobody knows."""
         for intent in list(self._ledger.open_intents()):
-            if intent.kind == "remote" and intent.until is not None and now >= intent.until:
-                if intent.path in self._ledger.ended or intent.path in self.stuck:
-                    continue
+            if intent.kind != "remote":
+                continue
+            ended = self._ledger.ended.get(intent.path)
+            if ended is not None and ended.outcome == "unknown" and self.pivoted:
+                del self._ledger.ended[intent.path]
+                self._get_stuck(intent, ended.error or "")
+            elif ended is None and intent.path not in self.stuck and intent.until is not None and now >= intent.until:
                 if self.pivoted:
-                    self._keep(replace(intent, phase="stuck", error="no reply in time"))
-                    self.stuck[intent.path] = f"{intent.path} is unknown after the pivot: no reply in time"
+                    self._get_stuck(intent, "no reply in time")
                 else:
                     ended = Ended(
                         outcome="unknown", error="no reply in time", at=now, is_external=False, by_absence=True
                     )
                     self._end(intent.path, ended)
+
+    def _get_stuck(self, intent: Intent, error: str) -> None:
+        self._keep(replace(intent, phase="stuck", flying=False, error=error))
+        self.stuck[intent.path] = f"{intent.path} is unknown after the pivot: {error}"
 
     def unfinished(self, reason: str, now: datetime) -> None:
         """Make a row of every call that has none: nothing more will be heard of it, so what did not end is unknown."""

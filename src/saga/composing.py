@@ -33,8 +33,8 @@ class Composer:
 
     def forward(self, now: datetime, needs: Needs, *, held: bool) -> Checkpoint:
         """Results, and the intents of what comes next; or of what is waited for."""
-        pivoted = self.passes_pivot
-        wake_at = needs.wake_at if self._calls.pivoted or pivoted else [*needs.wake_at, self._claimed.deadline_at]
+        pivoted = self._calls.pivoted or self.passes_pivot
+        wake_at = needs.wake_at if pivoted else [*needs.wake_at, self._claimed.deadline_at]
         return self._checkpoint(
             now,
             open=self._calls.open(held=held),
@@ -45,14 +45,11 @@ class Composer:
             held=held,
             wake_at=None if held else min(wake_at, default=None),
             waits_for=None if held else needs.waits_for,
-            pivoted=pivoted,
         )
 
     def completed(self, now: datetime, output: str) -> Checkpoint:
         """The last results, and the end."""
-        return self._checkpoint(
-            now, outbox=self._emitted(), state="completed", held=False, pivoted=self.passes_pivot, output=output
-        )
+        return self._checkpoint(now, outbox=self._emitted(), state="completed", held=False, output=output)
 
     def back(
         self,
@@ -109,6 +106,7 @@ class Composer:
             seen=self.seen,
             strict=strict or bool(self._ledger.by_absence),
             rows=tuple(self._ledger.pending),
+            pivoted=self.passes_pivot,
             at=now,
             **columns,
         )

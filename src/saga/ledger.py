@@ -26,6 +26,9 @@ from saga.state import (
     TaskRow,
 )
 
+_ANSWERED: Final = {"reply": "remote", "child": "child"}
+"""Which kind of call each kind of mail can end."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
@@ -129,8 +132,9 @@ class Ledger:
     def take_replies(self) -> None:
         """Replies, ends of children and granted locks end calls like facts do."""
         for mail in self.mail.values():
-            open_call = mail.name in self.intents or mail.kind == "lock"
-            if mail.kind in ("signal", "undone") or not open_call or mail.name in self.by_path:
+            call = self.intents.get(mail.name)
+            is_open = mail.kind == "lock" or (call is not None and call.kind == _ANSWERED.get(mail.kind))
+            if not is_open or mail.name in self.by_path:
                 continue
             if (known := self.ended.get(mail.name)) is not None and not known.by_absence:
                 continue

@@ -78,19 +78,35 @@ class Composer:
         )
 
     def paused(
-        self, now: datetime, reason: str, plan: tuple[PlanRow, ...] | None, *, strict: bool = False
+        self,
+        now: datetime,
+        reason: str,
+        plan: tuple[PlanRow, ...] | None,
+        *,
+        verdict: tuple[Ending, str] | None = None,
+        strict: bool = False,
     ) -> Checkpoint:
-        """Results, and that a person is needed; `plan` where it is being undone."""
+        """Results, and that a person is needed.
+
+        Args:
+            now: the time.
+            reason: why.
+            plan: what has changed in it, where it is being undone.
+            verdict: that it is to be undone and why, where the plan for that cannot be made: it stays decided.
+            strict: as in `back`.
+        """
+        ending, error = verdict if verdict is not None else (None, self._claimed.error)
         return self._checkpoint(
             now,
             strict=strict,
             plan=plan or (),
             outbox=self._emitted(),
-            open=self._calls.open(held=False) if plan is None else (),
+            open=self._calls.open(held=False) if plan is None and verdict is None else (),
             state="paused",
             held=False,
             paused_reason=reason[: limits.REASON_MAX_CHARACTERS],
-            error=self._claimed.error,
+            ending=ending,
+            error=error,
         )
 
     def _emitted(self) -> tuple[OutboxRow, ...]:

@@ -101,10 +101,10 @@ class Execution:
     def begin(self, now: datetime) -> Decision:
         """What to do first."""
         self._ledger.take_replies()
-        if self._ending is not None and self._claimed.plan:
-            self._back = Compensating(self._saga, self._claimed.id, self._ledger, self._claimed.plan)
+        if self._ending is not None and self._ledger.plan:
+            self._back = Compensating(self._saga, self._claimed.id, self._ledger, self._ledger.plan)
             self._back.claimed(now)
-        elif self._ending is not None:  # it had completed, and is opened again: there is no plan yet
+        elif self._ending is not None:  # no plan yet: it had completed and is opened again, or none could be made
             self._verdict, self._ending = (self._ending, self._claimed.error or "its parent is undone"), None
         return self._decide(now)
 
@@ -359,7 +359,7 @@ class Execution:
             self._forward.body.close()
         self._ledger.forget_next()
         self._calls.unfinished(reason, now)
-        plan = make_plan(self._saga, [*self._ledger.rows, *self._ledger.pending], now)
+        plan = make_plan(self._saga, [*self._ledger.rows, *self._ledger.pending], now, self._ledger.skipped)
         self._back = Compensating(self._saga, self._claimed.id, self._ledger, plan)
         step = self._back.following(now)
         return self._ask(self._compose.back(now, step, self._back.changes, plan=plan, ending=ending, error=reason))
@@ -387,8 +387,8 @@ class Execution:
         if self._calls.flying or self._undoing:
             return _WAIT
         self.problem = reason if isinstance(reason, Exception) else None
-        back = self._back if self._ending is not None else None
-        return self._ask(self._compose.paused(now, str(reason), back.changes if back else None, strict=strict))
+        back = self._back.changes if self._back is not None and self._ending is not None else None
+        return self._ask(self._compose.paused(now, str(reason), back, verdict=self._verdict, strict=strict))
 
     def _ask(self, checkpoint: Checkpoint, start: tuple[Work, ...] = ()) -> Decision:
         self._writing = checkpoint

@@ -23,6 +23,7 @@ from saga.state import (
     Mailbox,
     OutboxRow,
     Outcome,
+    PlanRow,
     TaskRow,
 )
 
@@ -69,6 +70,9 @@ class Ledger:
         self.rows: Final[list[TaskRow]] = sorted(claimed.tasks, key=lambda row: row.seq)
         self.by_path: Final[dict[str, TaskRow]] = {row.path: row for row in self.rows}
         self.intents: Final[dict[str, Intent]] = {intent.path: intent for intent in claimed.intents}
+        self.plan: Final[list[PlanRow]] = [row for row in claimed.plan if row.position]
+        self.skipped: Final[dict[str, PlanRow]] = {row.path: row for row in claimed.plan if not row.position}
+        """What a person has taken for undone before there was a plan."""
         self.ended: Final[dict[str, Ended]] = {}
         self.pending: Final[list[TaskRow]] = []
         self.by_absence: Final[set[str]] = set()

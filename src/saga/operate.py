@@ -9,14 +9,15 @@ another cancel changes nothing; pausing what is paused, and resuming what runs, 
   one pauses.
 * *Resume*: the instance wants a worker. What made it pause is tried again: the body is run, the attempts of a required
   compensation that failed, or of a call that is stuck, begin anew. A cancel that was asked for meanwhile comes first.
-* *Skip*: a compensation counts as done although it is not; the person has seen to it by other means.
+* *Skip*: a compensation counts as done although it is not; the person has seen to it by other means. Where the plan is
+  not made yet (the code of a step is gone, or a cancel is asked for and not acted upon) it is known when it is made.
 * *Result*: a call whose outcome nobody knows has this result from now on; the journal cannot tell it from a real one.
 
 Everything but start and signal leaves a row in `saga.interventions`, with the reason and the database user.
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -28,7 +29,7 @@ from saga import journal, limits
 from saga.definition import Saga
 from saga.errors import NotFound, NotPossible, NotWaiting
 from saga.handle import Handle
-from saga.state import ENDED, Intent, intents_from_json, intents_to_json, step_key
+from saga.state import ENDED, Intent, intents_from_json, intents_to_json, step_key, undo_key
 
 SQL: Final = postgres.Statements("saga", "operate.sql")
 
@@ -177,28 +178,46 @@ async def skip(pool: Pool, instance_id: UUID, step: str, reason: str) -> Done:
     Args:
         pool: of the sagas' database.
         instance_id: a paused instance that is being undone.
-        step: a path of its plan (`charge#1`), or the name of a step that stands there once.
+        step: a path of its plan (`charge#1`), or the name of a step that stands there once; where there is no plan yet,
+            of its journal.
         reason: why it need not be done any more; kept as the row's resolution.
 
     Raises:
         NotFound: there is no such instance.
-        NotPossible: it is not paused, or is not being undone, or its plan has no such row.
+        NotPossible: it is not paused, or is not being undone, or has no such row.
     """
     reason = text_of(reason)
     async with _locked(pool, instance_id) as (connection, row):
         _must_be_paused(row)
-        if row["ending"] is None:
+        if not row["goes_back"]:
             raise NotPossible(
-                f"{_called(row)} is not being undone, so no compensation can be skipped; "
-                "cancel it, or say what its open call has brought: saga resume ID --step STEP --result JSON"
+                f"{_called(row)} is not being undone, so no compensation can be skipped; cancel it first, "
+                "or say what its open call has brought: saga resume ID --step STEP --result JSON"
             )
-        rows = await SQL.plan.fetch(connection, instance_id)
-        found = _named(step, {plan["path"]: plan["name"] for plan in rows}, f"the plan of {_called(row)}")
-        chosen = next(plan for plan in rows if plan["path"] == found)
-        await SQL.skip.execute(connection, instance_id, found, chosen["round"], reason)
+        plan = await SQL.plan.fetch(connection, instance_id)
+        work = _skip(connection, row, plan, step, reason) if plan else _skip_ahead(connection, row, step, reason)
+        found = await work
         await SQL.record.execute(connection, instance_id, "skip", found, reason)
         await SQL.resume.fetchval(connection, instance_id)
         return _done(row, "resumed")
+
+
+async def _skip(connection: Connection, row: Record, plan: Sequence[Record], step: str, reason: str) -> str:
+    """Set a row of the plan to done; its path."""
+    left = [one for one in plan if one["status"] != "completed"]
+    found = _named(step, {one["path"]: one["name"] for one in left}, f"the plan of {_called(row)}")
+    newest = max(one["round"] for one in left if one["path"] == found)
+    await SQL.skip.execute(connection, row["id"], found, newest, reason)
+    return found
+
+
+async def _skip_ahead(connection: Connection, row: Record, step: str, reason: str) -> str:
+    """Say of a step that its compensation is done, before there is a plan; its path."""
+    calls = {one["path"]: one for one in await SQL.calls.fetch(connection, row["id"])}
+    found = _named(step, {path: one["name"] for path, one in calls.items()}, f"the journal of {_called(row)}")
+    ids = undo_key(row["id"], found, 0), step_key(row["id"], found)
+    await SQL.skip_ahead.execute(connection, row["id"], *ids, found, calls[found]["name"], calls[found]["kind"], reason)
+    return found
 
 
 async def settle(

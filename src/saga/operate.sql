@@ -4,7 +4,9 @@
 -- name: lock
 -- One row by primary key, waiting for whoever has it. Everything that follows in the transaction is decided on it.
 select i.id, i.workflow_name, i.workflow_version, i.key, i.state, i.ending, i.pivoted, i.paused_reason, i.pause_asked,
-       i.lease_owner is not null as has_worker, i.intents::text as intents
+       i.lease_owner is not null as has_worker, i.intents::text as intents,
+       i.ending is not null
+         or (not i.pivoted and (i.cancel_reason is not null or i.deadline_at <= clock_timestamp())) as goes_back
   from saga.workflow_instances i where i.id = $1 for no key update
 
 -- name: pause
@@ -28,9 +30,18 @@ with u as (
 select count(saga.call_worker()) from u
 
 -- name: plan
--- Rows of one instance that are not done with, by primary key, in the order of execution.
-select c.path, c.step_id as name, c.round, c.status, c.required
-  from saga.saga_compensations c where c.instance_id = $1 and c.status <> 'completed' order by c.position, c.round
+-- Rows of one instance, by primary key, in the order of execution.
+select c.path, c.step_id as name, c.round, c.status
+  from saga.saga_compensations c where c.instance_id = $1 and c.position > 0 order by c.position, c.round
+
+-- name: calls
+-- What a plan of one instance may come to hold: rows of its journal by primary key, and open calls of its row.
+select t.path, t.step_id as name, t.step_type as kind, t.seq from saga.tasks t
+ where t.instance_id = $1 and t.step_type in ('step', 'transactional', 'remote', 'child') and t.outcome <> 'rejected'
+union all
+select c ->> 'path', c ->> 'name', c ->> 'kind', null
+  from saga.workflow_instances i cross join json_array_elements(i.intents) c where i.id = $1
+ order by seq nulls last
 
 -- name: skip
 -- One row by primary key. A later late result opens it again, one that is known does not.
@@ -38,6 +49,14 @@ update saga.saga_compensations c
    set status = 'completed', resolution = $4, executed_at = clock_timestamp(),
        late_seen = (select count(*) from saga.late_results r where r.instance_id = $1 and r.path = $2)
  where c.instance_id = $1 and c.path = $2 and c.round = $3
+
+-- name: skip_ahead
+-- One row, before there is a plan; the instance's row is locked. The plan gives it its place.
+insert into saga.saga_compensations as c (id, instance_id, task_id, task_seq, path, step_id, step_type, position,
+                                          compensation_action, status, resolution, executed_at, late_seen)
+select $2, $1, $3, 0, $4, $5, $6, 0, 'skipped', 'completed', $7, clock_timestamp(), count(*)
+  from saga.late_results r where r.instance_id = $1 and r.path = $4
+on conflict (instance_id, path, round) do update set resolution = excluded.resolution
 
 -- name: settle
 -- One row into the journal, after its last; the instance's row is locked, so nobody else writes it.

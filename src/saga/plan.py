@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
@@ -55,8 +56,16 @@ def jitter(key: UUID, attempt: int) -> float:
     return int.from_bytes(hashlib.blake2b(seed, digest_size=4).digest(), "big") / (1 << 32)
 
 
-def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> list[PlanRow]:
+def make_plan(
+    saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime, skipped: Mapping[str, PlanRow]
+) -> list[PlanRow]:
     """What has to be undone, in the order of undoing: the reverse of the journal, and of the calls of a parallel.
+
+    Args:
+        saga: the code.
+        rows: the journal, whole.
+        now: the time.
+        skipped: rows that a person has taken for done, by path; the code need not know their steps any more.
 
     Raises:
         Stuck: a step's name means nothing any more.
@@ -64,6 +73,9 @@ def make_plan(saga: Saga[Any, Any], rows: Sequence[TaskRow], now: datetime) -> l
     plan: list[PlanRow] = []
     for row in reversed(in_order_of_calls(rows)):
         if row.kind not in _UNDOABLE or row.outcome == "rejected":
+            continue
+        if (known := skipped.get(row.path)) is not None:
+            plan.append(replace(known, position=len(plan) + 1, task_seq=row.seq))
             continue
         target = None
         if row.kind != "child":

@@ -168,6 +168,7 @@ _REMEDIES: Final = (
         "diverged at",
         "deploy the code that wrote this journal, or keep it as this version and make the changed body a new one; then",
     ),
+    ("nothing is called", "bring the step back and deploy it, then"),
     ("rejected after the pivot", "nothing is undone after the pivot; change the body so that it goes on, then"),
 )
 

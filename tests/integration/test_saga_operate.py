@@ -11,8 +11,19 @@ from saga.errors import NotFound, NotPossible, NotWaiting, PayloadError
 from saga.inspection import find, instances, read
 from saga.operate import cancel, pause, resume, settle, signal, skip, start
 from saga.why import why
+from tests.support import changed_sagas as changed
 from tests.support.saga_cases import Switch, asks, buggy, commands, pair, pivoted, retries, sleeps, undone
-from tests.support.saga_worker import SERVICE, Order, Service, effects, journal_of, plan_of, reaches, working
+from tests.support.saga_worker import (
+    SERVICE,
+    Order,
+    Service,
+    effects,
+    journal_of,
+    packed,
+    plan_of,
+    reaches,
+    working,
+)
 
 
 async def paused(pool: Pool, handle: Handle[object]) -> UUID:
@@ -160,6 +171,62 @@ async def test_a_required_compensation_that_fails_can_be_skipped(saga_pool: Pool
             ("reserve#1", "completed", None),
         ]
         assert [(one.action, one.path) for one in found.interventions] == [("skip", "book#1")]
+
+
+async def test_a_step_whose_code_is_gone_can_be_skipped_before_there_is_a_plan(saga_pool: Pool) -> None:
+    """Red where the plan is made without the skip: it pauses again.
+
+    Red, too, where the pause forgets that it is being undone, where the skip is not handed over with the claim, and
+    where the plan does not give it its place.
+    """
+    await saga_pool.execute(SERVICE)
+    service = Service(saga_pool, gates={"pack": asyncio.Event()}, reached={"pack": asyncio.Event()})
+    async with working(saga_pool, packed, deps=service):
+        handle = await packed.start(saga_pool, Order())
+        await service.reached["pack"].wait()
+        await cancel(saga_pool, handle.id, "the customer called")
+    async with working(saga_pool, changed.without_charge) as service:
+        await paused(saga_pool, handle)
+        found = await read(saga_pool, handle.id)
+        assert (found.ending, found.error, found.plan) == ("cancelled", "the customer called", ())
+        because = why(found)
+        assert "nothing is called pack in the code of packed any more" in because.text
+        assert "--skip pack#1 --reason" in because.text
+        assert because.remedy == f"bring the step back and deploy it, then: saga resume {handle.id}"
+        with pytest.raises(NotPossible, match="ship is not there; name one of: reserve#1, charge#1, pack#1"):
+            await skip(saga_pool, handle.id, "ship", "x")
+        await skip(saga_pool, handle.id, "pack", "it never was packed")
+        await paused(saga_pool, handle)
+        assert "nothing is called charge" in ((await read(saga_pool, handle.id)).paused_reason or "")
+        await skip(saga_pool, handle.id, "charge#1", "paid back by hand")
+        await reaches(saga_pool, handle.id, "cancelled")
+    assert await effects(saga_pool) == ["reserve", "charge", "release"]
+    found = await read(saga_pool, handle.id)
+    assert [(row.position, row.path, row.status, row.resolution) for row in found.plan] == [
+        (1, "pack#1", "completed", "it never was packed"),
+        (2, "charge#1", "completed", "paid back by hand"),
+        (3, "reserve#1", "completed", None),
+    ]
+    assert [(one.action, one.path) for one in found.interventions] == [
+        ("cancel", None),
+        ("skip", "pack#1"),
+        ("skip", "charge#1"),
+    ]
+
+
+async def test_a_paused_saga_that_is_to_be_cancelled_can_leave_a_compensation_out(saga_pool: Pool) -> None:
+    """Red where a skip is taken although nothing is to be undone: whoever meant the step would undo nothing later."""
+    async with working(saga_pool, asks) as service:
+        handle = await asks.start(saga_pool, Order())
+        await reaches(saga_pool, handle.id, "waiting")
+        await pause(saga_pool, handle.id, "wait")
+        with pytest.raises(NotPossible, match="not being undone, so no compensation can be skipped; cancel it first"):
+            await skip(saga_pool, handle.id, "reserve", "x")
+        await cancel(saga_pool, handle.id, "give up")
+        await skip(saga_pool, handle.id, "reserve", "released by hand")
+        await reaches(saga_pool, handle.id, "cancelled")
+        assert service.counts["release"] == 0
+        assert await plan_of(saga_pool, handle.id) == [("reserve#1", "completed")]
 
 
 async def test_a_required_compensation_is_tried_again_by_a_plain_resume(saga_pool: Pool) -> None:

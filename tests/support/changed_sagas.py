@@ -94,6 +94,11 @@ async def next_version(run: Run, order: Order) -> str:
     return await run(charge(order))
 
 
+@saga("packed", deadline=HOUR)
+async def without_charge(run: Run, order: Order) -> str:
+    return await run(reserve(order))
+
+
 @saga("undone", deadline=HOUR)
 async def without_step(run: Run, order: Order) -> None:
     await run(reserve(order))

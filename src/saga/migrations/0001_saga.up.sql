@@ -161,6 +161,7 @@ create index idx_saga_compensations_status on saga.saga_compensations (status, c
 comment on table saga.saga_compensations is 'The way back: made when compensation begins, worked off in order of position';
 comment on column saga.saga_compensations.id is 'The idempotency key of the compensation';
 comment on column saga.saga_compensations.task_id is 'The step that is undone';
+comment on column saga.saga_compensations.position is '0: a person took it for done before there was a plan; the plan gives it its place';
 comment on column saga.saga_compensations.round is 'Counts how often a late result of the step opened it again';
 comment on column saga.saga_compensations.compensation_data is 'The result that is undone; null where nobody saw one';
 comment on column saga.saga_compensations.not_before is 'When the effect of an unknown step can no longer appear, a backoff ends, or a reply is no longer waited for';
@@ -351,7 +352,8 @@ begin
          order by p.instance_id, p.path, p.round, p.is_next desc
         on conflict (instance_id, path, round) do update
            set status = excluded.status, attempts = excluded.attempts, not_before = excluded.not_before,
-               late_seen = excluded.late_seen, executed_at = excluded.executed_at, error_message = excluded.error_message
+               late_seen = excluded.late_seen, executed_at = excluded.executed_at, error_message = excluded.error_message,
+               position = excluded.position
     ), children as (
         -- Their keys derive from parent and path, so nobody else can be inserting the same one.
         insert into saga.workflow_instances (id, workflow_id, workflow_name, workflow_version, key, input_digest, created_at,
@@ -467,7 +469,7 @@ create function saga.read_claimed(p_ids uuid[], p_fresh uuid[]) returns setof sa
                       'round', c.round, 'required', c.required, 'status', c.status, 'attempts', c.attempts,
                       'not_before', c.not_before, 'late_seen', c.late_seen, 'error', c.error_message,
                       'executed_at', c.executed_at, 'action', c.compensation_action) order by c.position, c.round)::text as plan
-             from saga.saga_compensations c where c.instance_id = i.id and i.ending is not null) p
+             from saga.saga_compensations c where c.instance_id = i.id) p
      where i.id = any (p_ids)
 $$;
 comment on function saga.read_claimed is 'Instances with their journals, by primary key; call it in a statement after the one that took the lease';

@@ -121,10 +121,8 @@ class Compensating:
         for no in sorted(self._ledger.mail.keys() - self._mail_seen):
             self._mail_seen.add(no)
             self._told_by_mail(self._ledger.mail[no], now)
-        latest = {row.path: row for row in self.rows}
-        for row in latest.values():
-            if row.status == "completed" and len(self._ledger.late_of(row.path)) > row.late_seen:
-                self._reopen(row)
+        for row in {row.path: row for row in self.rows}.values():
+            self._reopen_if_late(row)
 
     def _told_by_mail(self, mail: Mail, now: datetime) -> None:
         row = self.current
@@ -150,6 +148,7 @@ class Compensating:
             self._asked.add((row.path, row.round))
         elif isinstance(fact, Completed):
             self._change(row, status="completed", attempts=row.attempts + 1, error=None, executed_at=now)
+            self._reopen_if_late(self._changes[row.path, row.round])
         else:
             self._failed(row, _error_of(fact), now)
 
@@ -162,11 +161,21 @@ class Compensating:
         else:
             self._change(row, status="failed", attempts=attempts, error=error, executed_at=now)
 
-    def _reopen(self, row: PlanRow) -> None:
+    def _reopen_if_late(self, row: PlanRow) -> None:
+        """Another round for a compensation that is done, if a result of its step came that it did not know."""
+        if row.status != "completed" or len(self._ledger.late_of(row.path)) <= row.late_seen:
+            return
         again = replace(
             row, round=row.round + 1, status="pending", attempts=0, not_before=None, error=None, executed_at=None
         )
         self._changes[again.path, again.round] = again
+
+    def _late_seen(self, row: PlanRow) -> int:
+        """The late results that a round knows: those that its first attempt knew. A later attempt has the same key, so
+        where the first one has had its effect, it has none.
+        """  # noqa: D205 - one thought
+        is_first = row.attempts == 0 and row.error is None
+        return len(self._ledger.late_of(row.path)) if is_first else row.late_seen
 
     # -------------------------------------------------------------------------------------------- what is next
 
@@ -208,7 +217,7 @@ class Compensating:
             return None if self._changes else self._work(row)
         if not self._has_begun(row) or (row.path, row.round) in self._asked:
             return None
-        return self._work(self._change(row, status="executing", late_seen=len(self._ledger.late_of(row.path))))
+        return self._work(self._change(row, status="executing", late_seen=self._late_seen(row)))
 
     def check(self) -> None:
         """See that the code can undo everything that is left, and not only what is next.
@@ -238,12 +247,12 @@ class Compensating:
         if row.kind == "transactional":
             return Following(held=True)
         if row.kind != "remote":
-            begun = replace(row, status="executing", late_seen=len(self._ledger.late_of(row.path)))
+            begun = replace(row, status="executing", late_seen=self._late_seen(row))
             return Following(rows=(begun,), held=True)
         target = self._target(row)
         assert isinstance(target, Remote), target
         until = now + timedelta(seconds=self._retried(row).timeout_seconds)
-        sent = replace(row, status="executing", not_before=until, late_seen=len(self._ledger.late_of(row.path)))
+        sent = replace(row, status="executing", not_before=until, late_seen=self._late_seen(row))
         command = messages.undo(self._id, target, row, self._task(row), self._saga.reply_topic)
         return Following(rows=(sent,), outbox=(command,), wake_at=until)
 

@@ -123,8 +123,10 @@ class Ledger:
                 self._next_seq = row.seq + 1
         done = len(checkpoint.rows) if with_next else sum(not row.is_next for row in checkpoint.rows)
         del self.pending[:done]
+        # What an attempt has ended with since it was composed is not in it: that stays known.
+        kept = {intent.path: self.intents.get(intent.path, intent) for intent in checkpoint.open}
         self.intents.clear()
-        self.intents.update({intent.path: intent for intent in checkpoint.open})
+        self.intents.update(kept)
         if with_next:
             self.intents.update({intent.path: intent for intent in checkpoint.next})
 

@@ -452,18 +452,23 @@ async def test_a_cancel_says_what_follows_from_it(saga_pool: Pool) -> None:
 
 
 async def test_a_late_result_is_recorded_once_and_not_if_the_journal_has_it(saga_pool: Pool) -> None:
-    """H47. Red where `record_late` does not look into the journal, or takes the same run's result twice."""
+    """H47. Red where `record_late` does not look into the journal, or takes the same run's result twice.
+
+    What another run has journalled does not speak for this one, whose call may have landed after the compensation:
+    found by the model, red where `record_late` does not compare the epoch.
+    """
     _, (lease,) = await begun(saga_pool, "k")
     await kind(saga_pool, checkpoint(lease.claimed, rows=(task(1),), next=(intent("ship"),)))
     one = lease.claimed.id
     late = Late(path="ship#1", output='"sent"')
     answers = [
         await record_late(saga_pool, one, 1, Late(path="charge#1", output='"paid"')),
+        await record_late(saga_pool, one, 2, Late(path="charge#1", output='"paid"')),
         await record_late(saga_pool, one, 1, late),
         await record_late(saga_pool, one, 1, late),
         await record_late(saga_pool, one, 2, late),
     ]
-    assert answers == ["known", "recorded", "duplicate", "recorded"]
+    assert answers == ["known", "recorded", "recorded", "duplicate", "recorded"]
 
 
 async def test_a_late_result_opens_an_ended_instance_again_if_it_was_undone(saga_pool: Pool) -> None:

@@ -138,10 +138,10 @@ class Both:
         self.log.append("cancel")
 
     async def late(self) -> None:
-        one, epoch = self.chance.choice(self.ids), self.chance.randrange(1_000_000)
+        one, epoch = self.chance.choice(self.ids), self.chance.randrange(1, 6)
         path = self.chance.choice(["charge#1", "ship#1"])
         await record_late(self.pool, one, epoch, Late(path=path, output="1"))
-        self.memory.record_late(one, Late(path=path, output="1"))
+        self.memory.record_late(one, epoch, Late(path=path, output="1"))
         self.log.append(f"late {path}")
 
     async def take_over(self) -> None:

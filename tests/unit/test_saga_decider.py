@@ -2,12 +2,14 @@
 
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from pydantic import BaseModel
 
 from saga import NotDone, Rejected, Retry, Run, Signal, StepContext, Unknown, remote, saga, step
-from saga.state import Late, step_key
+from saga.decider import Execution
+from saga.state import Answer, Claimed, Completed, Late, Mailbox, step_key
 from saga.testing.faults import Turn
 from tests.support.saga_lab import EPOCH, Scene, rejected, uncertain
 
@@ -510,6 +512,41 @@ async def test_one_branch_is_unknown_while_another_is_in_flight() -> None:
     assert scene.plan == [("parallel#1[1]/ship#1", "completed"), ("parallel#1[0]/once#1", "completed")]
 
 
+@saga("pair", deadline=3600)
+async def pair(run: Run, order: Order) -> None:
+    await run.parallel(charge(order), ship(order))
+
+
+async def test_an_attempt_that_ends_while_a_checkpoint_is_written_stays_known() -> None:
+    """H31, found by the model: a branch times out and has landed, and the answer to a checkpoint comes after that.
+
+    Red where `Ledger.written` takes the intents as the checkpoint has them: the next rejection would be clean.
+    """
+    execution = Execution(
+        pair,
+        Claimed(
+            id=uuid4(),
+            epoch=1,
+            checkpoint_no=0,
+            fresh=True,
+            state="running",
+            started_at=EPOCH,
+            deadline_at=EPOCH + timedelta(hours=1),
+            request=pair.request.encode(Order()),
+            mailbox=Mailbox(wakeups=0),
+        ),
+    )
+    execution.begin(EPOCH)
+    charging, shipping = (work.path for work in execution.answered(Answer(kind="applied"), EPOCH).start)
+    assert execution.fact(Completed(path=shipping, output='"home"'), EPOCH).checkpoint is not None
+    assert execution.fact(uncertain(charging), EPOCH).checkpoint is None, "one is on its way"
+    (again,) = execution.answered(Answer(kind="applied"), EPOCH).start
+    assert (again.path, again.attempt) == (charging, 2)
+    last = execution.fact(rejected(charging), EPOCH).checkpoint
+    assert last is not None
+    assert [(row.path, row.outcome) for row in last.rows] == [(charging, "unknown")]
+
+
 async def test_branches_are_undone_in_the_reverse_order_of_their_calls() -> None:
     """The first one ends last. Red where the plan is the reverse of the journal."""
     scene = Scene(both, Order(), {"write completed (1)": "cancel"})
@@ -629,7 +666,7 @@ async def test_a_late_result_while_its_compensation_is_under_way_opens_it_again(
     """H19. Red where a compensation does not remember how many late results there were when it began."""
     scene = Scene(hasty_saga, Order())
     scene.ends("hasty#1", uncertain("hasty#1"))
-    during.append(lambda: scene.machine.journal.record_late(scene.id, Late(path="hasty#1", output='"hasty"')))
+    during.append(lambda: scene.machine.journal.record_late(scene.id, 1, Late(path="hasty#1", output='"hasty"')))
     row = await scene.run()
     assert row.state == "failed"
     assert [type(done) for _, done in undone] == [Unknown, str]
@@ -643,12 +680,27 @@ async def test_a_late_result_that_is_known_before_its_compensation_begins_is_und
     assert scene.left() == []
 
 
+async def test_a_late_result_between_two_attempts_of_a_compensation_opens_it_again() -> None:
+    """H19, found by the model: the second attempt has the first one's key, so it does not undo what landed in between.
+
+    Red where `Compensating._late_seen` counts anew for each attempt.
+    """
+    scene = Scene(hasty_saga, Order(), {"undo hasty#1 (1)": "crash after"})
+    scene.ends("hasty#1", uncertain("hasty#1"))
+    late = Late(path="hasty#1", output='"hasty"')
+    scene.machine.at(EPOCH + timedelta(seconds=1), lambda: scene.machine.journal.record_late(scene.id, 1, late))
+    row = await scene.run()
+    assert row.state == "failed"
+    assert [type(done) for _, done in undone] == [Unknown, str, str]
+    assert scene.plan == [("hasty#1", "completed"), ("hasty#1", "completed")]
+
+
 async def test_a_run_that_is_fenced_reports_its_result_once() -> None:
-    """H47: the result of a fenced run is recorded, unless the journal has it."""
+    """H47: the result of a fenced run is recorded; a saga that has completed with another run's stays as it is."""
     scene = Scene(two, Order(), {"step charge#1 (1)": "lands late"})
     row = await scene.run()
-    assert row.state == "completed"
-    assert len(row.late) == 0, "the journal has it by then"
+    assert (row.state, undone) == ("completed", [])
+    assert [late.path for late in row.late] == ["charge#1"]
 
 
 # ------------------------------------------------------------------------------------------------ remote

@@ -663,7 +663,9 @@ create function saga.record_late(p_id uuid, p_path text, p_epoch bigint, p_outpu
 language plpgsql volatile set enable_seqscan = off as $$
 begin
     perform from saga.workflow_instances w where w.id = p_id for no key update;
-    if exists (select from saga.tasks t where t.instance_id = p_id and t.path = p_path and t.outcome = 'completed') then
+    -- Journalled by another claim, it is that claim's: this run's call may have landed later, after the compensation.
+    if exists (select from saga.tasks t where t.instance_id = p_id and t.path = p_path and t.outcome = 'completed'
+                                          and t.epoch = p_epoch) then
         return 'known';
     end if;
     if exists (select from saga.late_results r where r.instance_id = p_id and r.path = p_path and r.epoch = p_epoch) then
@@ -677,7 +679,7 @@ begin
     perform saga.wake(p_id);
     return 'recorded';
 end $$;
-comment on function saga.record_late is 'Keeps the result of a fenced run unless the journal has it, and opens its compensation again, also on an instance that has ended';
+comment on function saga.record_late is 'Keeps the result of a fenced run unless that run has journalled it, and opens its compensation again, also on an instance that has ended';
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Locks. 1936287841 is 'sga!'. The advisory lock comes first, the instance's row second, everywhere.

@@ -147,7 +147,7 @@ class Machine:
                 _Flight(instance_id=instance_id, execution=execution, work=work) for work in decision.start
             ]
             for late in decision.late:
-                self.journal.record_late(instance_id, late)
+                self.journal.record_late(instance_id, execution.epoch, late)
             self._chores(instance_id, decision)
             if decision.checkpoint is not None:
                 next_decision = self._write(execution, decision.checkpoint)
@@ -246,7 +246,7 @@ class Machine:
         late = flight.execution.late(fact)
         if late is not None:
             self._say(f"late result of {flight.work.path}")
-            self.journal.record_late(flight.instance_id, late)
+            self.journal.record_late(flight.instance_id, flight.execution.epoch, late)
 
     async def _transact(self, flight: _Flight) -> None:
         """A step in the checkpoint's own transaction: both or neither."""

@@ -62,9 +62,13 @@ class Row:
     output: str | None = None
     intents: str | None = None
     tasks: list[TaskRow] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    """Under which each of the tasks was written."""
     plan: dict[tuple[str, int], PlanRow] = field(default_factory=dict)
     mail: list[Mail] = field(default_factory=list)
     late: list[Late] = field(default_factory=list)
+    late_known: set[tuple[str, int]] = field(default_factory=set)
+    """Path and epoch of each."""
     parent_id: UUID | None = None
     parent_path: str | None = None
     locks: set[str] = field(default_factory=set)
@@ -200,6 +204,7 @@ class MemoryJournal:
     def _apply(self, row: Row, checkpoint: Checkpoint, *, with_next: bool) -> None:
         row.no += 1
         row.tasks += [task for task in checkpoint.rows if with_next or not task.is_next]
+        row.epochs += [checkpoint.epoch] * (len(row.tasks) - len(row.epochs))
         for planned in (*checkpoint.plan, *(checkpoint.plan_next if with_next else ())):
             row.plan[planned.path, planned.round] = planned
         self.outbox.extend(message for message in checkpoint.outbox if with_next or not message.is_next)
@@ -242,11 +247,17 @@ class MemoryJournal:
             if row.owner is None and row.wake_at is not None and row.wake_at <= now:
                 row.is_ready, row.wake_at = True, None
 
-    def record_late(self, instance_id: UUID, late: Late) -> None:
-        """Keep a result whose worker had lost the instance, unless the journal has it; open its compensation again."""
+    def record_late(self, instance_id: UUID, epoch: int, late: Late) -> None:
+        """Keep the result of a run that had lost the instance, unless it has journalled it or said so before; open its
+        compensation again.
+        """  # noqa: D205 - one thought
         row = self.rows[instance_id]
-        if any(task.path == late.path and task.outcome == "completed" for task in row.tasks):
+        written = zip(row.tasks, row.epochs, strict=True)
+        if any((task.path, task.outcome, of) == (late.path, "completed", epoch) for task, of in written):
             return
+        if (late.path, epoch) in row.late_known:
+            return
+        row.late_known.add((late.path, epoch))
         row.late.append(late)
         if row.state in ENDED and any(path == late.path for path, _ in row.plan):
             row.state, row.is_ready = "compensating", True

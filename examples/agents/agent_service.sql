@@ -59,3 +59,18 @@ begin
     return null;
 end $$;
 create trigger agents_audit after insert or update on agents for each row execute function agents_audit();
+
+-- Executions have ids of their callers' choosing: the same id twice is one execution, and one that was cancelled before
+-- it began (no workflow, no response) never begins.
+create table executions (
+    id uuid primary key,
+    workflow_id uuid,
+    agent_id uuid references agents (id),
+    prompt text,
+    response text,
+    status varchar(50) not null,
+    executed_at timestamptz not null default now(),
+    constraint executions_status_check check (status in ('completed', 'cancelled'))
+);
+create index idx_executions_workflow_id on executions (workflow_id);
+comment on table executions is 'What agents were asked, and answered';

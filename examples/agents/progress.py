@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -11,15 +12,34 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from examples.agents.stage import Stage
+from examples.agents.stage import TOPIC, Stage
 from tests.support.history import TopicReader
 
 RATE_OVER_SECONDS: Final = 2.0
 LINE_SECONDS: Final = 1.0
 
 
+class Count(NamedTuple):
+    """One of the numbers that are watched."""
+
+    name: str
+    value: int
+    colour: str
+
+
+class Standing(Protocol):
+    """How far everybody is at one moment."""
+
+    @property
+    def at(self) -> float: ...
+    @property
+    def counts(self) -> Sequence[Count]: ...
+    @property
+    def left(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Events:
     """How many events have got how far."""
 
     at: float
@@ -28,26 +48,34 @@ class Standing:
     applied: int
 
     @property
-    def behind(self) -> int:
-        return self.committed - self.applied
+    def counts(self) -> Sequence[Count]:
+        return (
+            Count("committed", self.committed, "cyan"),
+            Count("published", self.published, "blue"),
+            Count("in the cache", self.applied, "green"),
+        )
+
+    @property
+    def left(self) -> str:
+        return f"{self.committed - self.applied:,} events on the way"
 
 
 class Watch:
-    """Shows how far everybody is."""
+    """Shows how far the events are."""
 
     def __init__(self, set_up: Stage, reader: TopicReader, screen: "Display | None" = None) -> None:
         self._set_up = set_up
         self._reader = reader
         self._screen = screen
 
-    async def look(self) -> Standing:
+    async def look(self) -> Events:
         """The last in the chain is asked first, so that nobody appears to be ahead of his source."""
-        applied = await self._set_up.cache.fetchval(
-            "select coalesce(sum(next_offset), 0)::bigint from outbox.positions"
+        applied = await self._set_up.workflows.pool.fetchval(
+            "select coalesce(sum(next_offset), 0)::bigint from outbox.positions where topic = $1", TOPIC
         )
         published = await self._reader.count()
-        committed = await self._set_up.owner.fetchval("select count(*) from agent_changes")
-        standing = Standing(time.perf_counter(), committed, published, applied)
+        committed = await self._set_up.agents.pool.fetchval("select count(*) from agent_changes")
+        standing = Events(time.perf_counter(), committed, published, applied)
         if self._screen:
             self._screen.show(standing)
         return standing
@@ -83,14 +111,12 @@ class Lines:
             return
         self._start = self._start or standing.at
         self._next = standing.at + LINE_SECONDS
-        self._console.print(
-            f"{standing.at - self._start:5.0f} s  committed {standing.committed:,}  published {standing.published:,}  "
-            f"in the cache {standing.applied:,}  behind {standing.behind:,}"
-        )
+        counts = "  ".join(f"{count.name} {count.value:,}" for count in standing.counts)
+        self._console.print(f"{standing.at - self._start:5.0f} s  {counts}  {standing.left}")
 
 
 class Bars:
-    """Three bars that race."""
+    """Bars that race."""
 
     def __init__(self, console: Console, expected: int) -> None:
         self._expected = expected
@@ -112,25 +138,19 @@ class Bars:
         self._live.update(self._render(standing))
 
     def _render(self, now: Standing) -> Table:
-        total = max(self._expected, now.committed)
+        total = max(self._expected, *(count.value for count in now.counts))
         rows = Table.grid(padding=(0, 2), expand=False)
         rows.add_column()
         rows.add_column(width=36)
         rows.add_column(justify="right", width=9)
         rows.add_column(justify="right", width=10, style="dim")
-        for name, count, colour in (
-            ("committed", now.committed, "cyan"),
-            ("published", now.published, "blue"),
-            ("in the cache", now.applied, "green"),
-        ):
-            bar = ProgressBar(total=total, completed=count, complete_style=colour, finished_style=colour)
-            rows.add_row(name, bar, f"{count:,}", f"{self._rate(name):,.0f}/s")
-        elapsed = Text(f"{now.at - self._start:.0f} s, {now.behind:,} events on the way", style="dim")
-        rows.add_row("", elapsed, "", "")
+        for place, (name, value, colour) in enumerate(now.counts):
+            bar = ProgressBar(total=total, completed=value, complete_style=colour, finished_style=colour)
+            rows.add_row(name, bar, f"{value:,}", f"{self._rate(place):,.0f}/s")
+        rows.add_row("", Text(f"{now.at - self._start:.0f} s, {now.left}", style="dim"), "", "")
         return rows
 
-    def _rate(self, name: str) -> float:
-        field = {"committed": "committed", "published": "published", "in the cache": "applied"}[name]
+    def _rate(self, place: int) -> float:
         first, last = self._recent[0], self._recent[-1]
-        gained: int = getattr(last, field) - getattr(first, field)
+        gained = last.counts[place].value - first.counts[place].value
         return gained / (last.at - first.at) if last.at > first.at else 0.0

@@ -1,4 +1,4 @@
-"""The verdict: the audit trail against the topic, the source against the cache.
+"""The verdict: the audit trail against the topic, the source against the cache, and the sagas (`saga_verdict`).
 
 The judge is the checker of the test suite, tests/support/checker.py. The demo imports it from the tests on purpose: it
 is the one that judges every run with injected faults, not a friendlier copy.
@@ -13,7 +13,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from examples.agents import saga_verdict
 from examples.agents.observer import OVERDUE_SECONDS, PROBE_SECONDS
+from examples.agents.saga_verdict import Sagas, SagaVerdict
 from examples.agents.stage import TOPIC, Stage
 from outbox import limits
 from outbox.wire import Envelope
@@ -55,6 +57,7 @@ class Run:
     overdue: int
     samples: list[tuple[str, str | None]]
     load: "Load"
+    sagas: Sagas
     kills: int
     """Of the relay, with what was in flight."""
 
@@ -96,11 +99,12 @@ class Report:
     """The verdict and the figures of one run."""
 
     verdict: Verdict
+    sagas: SagaVerdict
     run: Run
 
     @property
     def valid(self) -> bool:
-        return self.verdict.valid and not self.run.overdue
+        return self.verdict.valid and self.sagas.valid and not self.run.overdue
 
     @property
     def under_load(self) -> Latencies:
@@ -134,6 +138,7 @@ class Report:
             "events_per_second": round(self.run.load.events_per_second),
             "commit_to_cache_ms": {"under_load": self.under_load.as_json(), "quiet": self.quiet.as_json()},
             "overdue": self.run.overdue,
+            "sagas": self.sagas.as_json(),
         }
         return json.dumps(body, indent=2)
 
@@ -153,17 +158,17 @@ async def reach(stage: Stage, run: Run, *, hide_record: bool = False) -> Report:
     async with topic_reader(stage.kafka, TOPIC) as reader:
         records = await reader.records(identity)
         history = History(
-            changes=await read_changes(stage.owner, CHANGES),
+            changes=await read_changes(stage.agents.pool, CHANGES),
             records=records[1:] if hide_record else records,
             partition_of=reader.partition_of,
             rolled_back={f"{key} agent.renamed {name} tx {transaction}" for key, name, transaction in run.rolled_back},
-            source=await read_rows(stage.owner, SOURCE),
-            cache=await read_rows(stage.cache, CACHE),
+            source=await read_rows(stage.agents.pool, SOURCE),
+            cache=await read_rows(stage.workflows.pool, CACHE),
             samples=[Sample(key, None if name is None else {"agent_name": name}) for key, name in run.samples],
             duplicates_max=run.kills * limits.WINDOWS_IN_FLIGHT * limits.WINDOW_MAX_EVENTS,
             happened={**run.done, "probes": len(run.latencies), "samples of the cache": len(run.samples)},
         )
-    return Report(verdict=judge(history), run=run)
+    return Report(verdict=judge(history), sagas=await saga_verdict.reach(stage, run.sagas), run=run)
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -173,8 +178,9 @@ def print_report(console: Console, report: Report) -> None:
         console.print("\n[bold green]VALID[/]: every promise was kept")
         return
     console.print("\n[bold red]NOT VALID[/]")
-    if not report.verdict.valid:
-        console.print(report.verdict.explain(), markup=False, soft_wrap=True)
+    for part in (report.verdict, report.sagas):
+        if not part.valid:
+            console.print(part.explain(), markup=False, soft_wrap=True)
 
 
 def _checks(report: Report) -> RenderableType:
@@ -195,6 +201,15 @@ def _checks(report: Report) -> RenderableType:
         table.add_row(_mark(good=not count), f"{count:,}", meaning)
     overdue = report.run.overdue
     table.add_row(_mark(good=not overdue), f"{overdue:,}", f"probes not in the cache after {OVERDUE_SECONDS:.0f} s")
+    sagas = report.sagas
+    table.add_row()
+    table.add_row(" ", f"{len(sagas.sagas.asked):,}", "sagas over four services, each with its own database")
+    for end, count in sagas.ends.items():
+        table.add_row(" ", f"{count:,}", end)
+    table.add_row(" ", f"{sagas.kept:,}", "effects kept, in the tables of those services")
+    table.add_row(" ", f"{sagas.undone:,}", "effects undone there")
+    for fault, finding in sagas.findings.items():
+        table.add_row(_mark(good=not finding.count), f"{finding.count:,}", str(fault))
     return table
 
 
@@ -210,7 +225,12 @@ def _figures(report: Report) -> RenderableType:
     table.add_row("", f"{report.quiet}, at {1 / PROBE_SECONDS:.0f} events/s")
     if report.run.kills:
         table.add_row("killed", "relay and workflow service, halfway, with SIGKILL")
+    takeover = report.run.sagas.takeover
+    table.add_row(
+        "killed", f"the worker of {takeover.sagas:,} sagas; another one had them {takeover.seconds:.1f} s later"
+    )
     table.add_row("exercised", ", ".join(f"{count:,} {what}" for what, count in report.run.done.items()))
+    table.add_row("", ", ".join(f"{count:,} {what}" for what, count in report.run.sagas.happened.items()))
     return table
 
 

@@ -27,7 +27,7 @@ def named(event: AgentCreated | AgentRenamed) -> CachedAgent:
 
 
 @agents.on
-def gone(event: AgentArchived | AgentDeleted) -> Delete:  # noqa: ARG001 - its type says everything
+def gone(event: AgentArchived | AgentDeleted) -> Delete:
     return DELETE
 
 

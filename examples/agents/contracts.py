@@ -1,0 +1,30 @@
+"""What the workflow service asks of other services: the contracts of its remote steps, which both sides import."""
+
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from saga import remote
+
+
+class Validate(BaseModel):
+    workflow_id: UUID
+    text: str
+
+
+class Validated(BaseModel):
+    result_id: UUID
+
+
+class Notify(BaseModel):
+    workflow_id: UUID
+    recipient: str
+    text: str
+
+
+class Notified(BaseModel):
+    notification_id: UUID
+
+
+validate = remote("validation.validate", Validate, Validated, timeout=8)
+notify = remote("notification.notify", Notify, Notified, timeout=8)

@@ -43,7 +43,7 @@ examples:
   python -m examples.agents.demo --kill              kill -9 the relay and the consumer halfway, start others
   python -m examples.agents.demo --json | jq .valid  for programs; progress goes to stderr
   python -m examples.agents.demo --sabotage cache    see the verdict fail: a row of the cache is deleted first
-  python -m examples.agents.demo --sabotage twice    the same with an effect of a saga
+  python -m examples.agents.demo --sabotage effect_twice  the same with an effect of a saga
 
 exit codes: 0 every check holds, 1 one does not or something failed, 2 wrong arguments
 servers of your own: set DATABASE_URL and KAFKA_BOOTSTRAP_SERVERS

@@ -33,14 +33,24 @@ EFFECTS: Final[Mapping[str, tuple[str, LiteralString]]] = {
 
 
 class Fault(StrEnum):
-    """The ways to break the promise; the text says what the number in front of it counts."""
+    """The ways to break the promise."""
 
-    OUTCOME = "sagas without exactly one outcome"
-    LOST = "effects that are missing, of sagas that completed"
-    UNDONE = "effects undone, of sagas that completed"
-    LEFT = "effects left behind, of sagas that were undone"
-    TWICE = "effects that happened more than once"
-    STRAY = "effects of no saga at all"
+    SAGA_OPEN = "saga_open"
+    EFFECT_LOST = "effect_lost"
+    EFFECT_UNDONE = "effect_undone"
+    EFFECT_LEFT = "effect_left"
+    EFFECT_TWICE = "effect_twice"
+    EFFECT_STRAY = "effect_stray"
+
+
+MEANING: Final[Mapping[Fault, str]] = {
+    Fault.SAGA_OPEN: "sagas without exactly one outcome",
+    Fault.EFFECT_LOST: "effects that are missing, of sagas that completed",
+    Fault.EFFECT_UNDONE: "effects undone, of sagas that completed",
+    Fault.EFFECT_LEFT: "effects left behind, of sagas that were undone",
+    Fault.EFFECT_TWICE: "effects that happened more than once",
+    Fault.EFFECT_STRAY: "effects of no saga at all",
+}
 
 
 class Effect(NamedTuple):
@@ -93,11 +103,11 @@ class SagaVerdict:
         return not self.did_not_happen and not any(finding.count for finding in self.findings.values())
 
     def explain(self) -> str:
-        """Every fault with its first examples."""
-        lines = [f"  did not happen: {what}" for what in self.did_not_happen]
+        """The verdict as text: every fault with its first examples."""
+        lines = ["sagas:", *(f"  did not happen: {what}" for what in self.did_not_happen)]
         for fault, finding in self.findings.items():
             if finding.count:
-                lines += [f"  {finding.count} {fault}", *(f"    {example}" for example in finding.examples)]
+                lines += [f"  {fault}: {finding.count}", *(f"    {example}" for example in finding.examples)]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
@@ -106,8 +116,8 @@ class SagaVerdict:
             **self.ends,
             "effects_kept": self.kept,
             "effects_undone": self.undone,
-            "faults": {fault.name.lower(): finding.count for fault, finding in self.findings.items()},
-            "examples": {fault.name.lower(): found.examples for fault, found in self.findings.items() if found.count},
+            "faults": {fault: finding.count for fault, finding in self.findings.items()},
+            "examples": {fault: found.examples for fault, found in self.findings.items() if found.count},
             "did_not_happen": self.did_not_happen,
             "exercised": self.exercised,
             "taken_over_seconds": round(self.sagas.takeover.seconds, 2),
@@ -133,7 +143,7 @@ def judge(sagas: Sagas, outcomes: Iterable[tuple[UUID, str]], effects: Mapping[s
     culprits: dict[Fault, list[str]] = {fault: [] for fault in Fault}
     for workflow_id in sagas.asked | states.keys():
         if workflow_id not in ends or workflow_id not in sagas.asked:
-            culprits[Fault.OUTCOME].append(f"{workflow_id}: {' and '.join(states[workflow_id]) or 'none'}")
+            culprits[Fault.SAGA_OPEN].append(f"{workflow_id}: {' and '.join(states[workflow_id]) or 'none'}")
     for table, rows in effects.items():
         found: defaultdict[UUID, list[bool]] = defaultdict(list)
         for workflow_id, kept in rows:
@@ -154,14 +164,14 @@ def judge(sagas: Sagas, outcomes: Iterable[tuple[UUID, str]], effects: Mapping[s
 def _faults(end: str | None, kept: list[bool], *, is_ours: bool) -> Iterator[Fault]:
     """What is wrong with the effects of one workflow in one table."""
     if kept and not is_ours:
-        yield Fault.STRAY
+        yield Fault.EFFECT_STRAY
         return
     if len(kept) > 1:
-        yield Fault.TWICE
+        yield Fault.EFFECT_TWICE
     if end == "completed":
         if not kept:
-            yield Fault.LOST
+            yield Fault.EFFECT_LOST
         elif not any(kept):
-            yield Fault.UNDONE
+            yield Fault.EFFECT_UNDONE
     elif end is not None and any(kept):
-        yield Fault.LEFT
+        yield Fault.EFFECT_LEFT

@@ -209,7 +209,7 @@ def _checks(report: Report) -> RenderableType:
     table.add_row(" ", f"{sagas.kept:,}", "effects kept, in the tables of those services")
     table.add_row(" ", f"{sagas.undone:,}", "effects undone there")
     for fault, finding in sagas.findings.items():
-        table.add_row(_mark(good=not finding.count), f"{finding.count:,}", str(fault))
+        table.add_row(_mark(good=not finding.count), f"{finding.count:,}", saga_verdict.MEANING[fault])
     return table
 
 
@@ -230,7 +230,7 @@ def _figures(report: Report) -> RenderableType:
         "killed", f"the worker of {takeover.sagas:,} sagas; another one had them {takeover.seconds:.1f} s later"
     )
     table.add_row("exercised", ", ".join(f"{count:,} {what}" for what, count in report.run.done.items()))
-    table.add_row("", ", ".join(f"{count:,} {what}" for what, count in report.run.sagas.happened.items()))
+    table.add_row("troubles", ", ".join(f"{count:,} {what}" for what, count in report.run.sagas.happened.items()))
     return table
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.agents import sabotage
+from examples.agents.saga_verdict import MEANING, Fault
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 110
 
@@ -26,7 +29,7 @@ def demo(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_small_run_is_valid() -> None:
-    status, output, errors = demo("--json", "--events", "500")
+    status, output, errors = demo("--json", "--events", "500", "--sagas", "60")
     assert output, errors
     found = json.loads(output)
     assert found["valid"], found
@@ -39,17 +42,27 @@ def test_a_small_run_is_valid() -> None:
     assert found["samples"] > 0
     assert {"created", "renamed", "deleted", "archived in SQL"} <= found["exercised"].keys()
     assert found["commit_to_cache_ms"]["quiet"]["probes"] >= 50
+    sagas = found["sagas"]
+    assert sagas["asked"] == sagas["completed"] + sagas["failed"] + sagas["cancelled"] == 60
+    assert sagas["effects_kept"] == 4 * sagas["completed"]
+    assert sagas["effects_undone"] > 0
+    assert not any(sagas["faults"].values())
+    assert sagas["did_not_happen"] == []
+    assert sagas["exercised"]["replies too late"] >= 3
 
 
 def test_a_spoilt_run_is_not() -> None:
     """Without a terminal people get plain lines; the verdict names what was spoilt, and nothing else."""
-    status, output, errors = demo("--events", "500", "--sabotage", "cache", "--sabotage", "record")
+    spoilt = [argument for name in (sabotage.RECORD, *sabotage.STATEMENTS) for argument in ("--sabotage", name)]
+    status, output, errors = demo("--events", "500", "--sagas", "60", *spoilt)
     assert status == 1, output + errors
     assert "\x1b" not in output
     verdict = output.partition("NOT VALID")[2]
     found = dict(re.findall(r"^  (\w+): (\d+)$", verdict, re.MULTILINE))
     assert found.pop("skip", "1") == "1", "the hidden record's key may have had no later one"
-    assert found == {"lost": "1", "cache_divergence": "1"}
+    assert found == {"lost": "1", "cache_divergence": "1", **dict.fromkeys(Fault, "1")}
+    for fault in Fault:
+        assert f"✗      1  {MEANING[fault]}" in output
 
 
 def test_help_has_examples() -> None:
@@ -59,7 +72,7 @@ def test_help_has_examples() -> None:
     assert "exit codes:" in output
 
 
-@pytest.mark.parametrize("arguments", [("--events", "0"), ("--events", "many"), ("--nonsense",)])
+@pytest.mark.parametrize("arguments", [("--events", "0"), ("--events", "many"), ("--sagas", "39"), ("--nonsense",)])
 def test_wrong_arguments_do_nothing(arguments: tuple[str, ...]) -> None:
     status, output, errors = demo(*arguments)
     assert status == 2

@@ -44,6 +44,8 @@ FENCED: Final = "OB001"
 RESTORED: Final = "OB002"
 PARKING_FULL: Final = "OB003"
 TOO_LARGE: Final = "OB010"
+LOCKED: Final = "55P03"
+"""Somebody else has a row, and the time to wait for it is over."""
 ABORTED: Final = "25P02"
 """A statement failed before, and whoever ran it went on."""
 UNDEFINED: Final = frozenset({"3F000", "42P01", "42883"})

@@ -133,7 +133,8 @@ class Calls:
             try:
                 value = work.target.result.decode(fact.output)
             except PayloadError as error:
-                self.stuck[fact.path] = f"{fact.path} happened, and its result cannot be read back: {error}"
+                happened = "was rolled back" if work.kind == "transactional" else "happened"
+                self.stuck[fact.path] = f"{fact.path} {happened}, and its result cannot be read back: {error}"
                 return
         external = work.kind in ("step", "probe")
         ended = Ended(

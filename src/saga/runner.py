@@ -330,22 +330,33 @@ class Runner:
         """Write the checkpoint of a transactional step on its own connection, and commit both."""
         path = prepared.fact.path
         decision = self._execution.fact(prepared.fact, now())
-        assert decision.checkpoint is not None, f"{path} has ended, and there is nothing to write"
+        checkpoint = decision.checkpoint
+        if checkpoint is None or not checkpoint.tells_of(path):
+            # As where its result cannot be read back: committed, it would be done without the journal, and done again.
+            self._flights.pop(path, None)
+            await prepared.give_up()
+            return decision
         self._start(replace(decision, start=tuple(work for work in decision.start if work.path != path)))
         try:
-            answer = await transactional.commit(self._around.pool, prepared, decision.checkpoint)
+            answer = await transactional.commit(self._around.pool, prepared, checkpoint)
         except transactional.ConflictError as conflict:
             self._flights.pop(path, None)
-            self._conflicts[path] = self._conflicts.get(path, 0) + 1
-            if conflict.may_succeed and self._conflicts[path] < limits.TRANSACTIONAL_ATTEMPTS:
-                log.info("%s %s: %s is tried again: %s", self._name, self._id, path, conflict)
-                await retry.pause(next(self._pauses), self._around.stopping)
-                return self._execution.withdraw(path, now())
-            self._execution.withdraw(path, now())
-            return self._execution.fact(Uncertain(path=path, error=str(conflict)), now())
+            return await self._conflicted(path, conflict)
         self._flights.pop(path, None)
         if answer.kind == "changed":
             return self._execution.withdraw(path, now(), changed=True)
-        if answer.kind == "applied" and not decision.checkpoint.held:
-            self._let_go(decision.checkpoint)
+        if answer.kind == "applied" and not checkpoint.held:
+            self._let_go(checkpoint)
         return self._execution.answered(answer, now())
+
+    async def _conflicted(self, path: str, conflict: transactional.ConflictError) -> Decision:
+        """Try it again; or say that it failed, if the step is still what is decided."""
+        count = self._conflicts[path] = self._conflicts.get(path, 0) + (not conflict.is_of_row)
+        may_succeed = conflict.may_succeed and count < limits.TRANSACTIONAL_ATTEMPTS
+        if may_succeed:
+            log.info("%s %s: %s is tried again: %s", self._name, self._id, path, conflict)
+            await retry.pause(next(self._pauses), self._around.stopping)
+        decision = self._execution.withdraw(path, now())
+        if may_succeed or path not in {work.path for work in decision.start}:
+            return decision
+        return self._execution.fact(Uncertain(path=path, error=str(conflict)), now())

@@ -25,8 +25,6 @@ from saga.journal import Start, start
 
 SQL: Final = postgres.Statements("saga", "starts.sql")
 
-_LOCKED: Final = "55P03"
-
 
 class Taker(Protocol):
     """A worker of this process."""
@@ -124,7 +122,7 @@ class Starts:
         try:
             answers = await start(connection, new, owner=taker.worker_id if taker is not None else None)
         except Exception as error:
-            is_locked = postgres.sqlstate(error) == _LOCKED
+            is_locked = postgres.sqlstate(error) == postgres.LOCKED
             if not is_locked and retry.is_transient(error):
                 raise
             if len(group) > 1:

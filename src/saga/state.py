@@ -346,6 +346,10 @@ class Checkpoint:
     error: str | None = None
     at: datetime
 
+    def tells_of(self, path: str) -> bool:
+        """Whether it says what became of a step, or of its compensation."""
+        return any(row.path == path for row in self.rows) or any(row.path == path for row in self.plan)
+
 
 @dataclass(slots=True, kw_only=True)
 class Answer:

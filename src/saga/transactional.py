@@ -35,6 +35,8 @@ class ConflictError(Exception):
         super().__init__(brief(error))
         self.may_succeed: Final = _may_succeed(error)
         """Whether the same work may succeed later."""
+        self.is_of_row: Final = postgres.sqlstate(error) == postgres.LOCKED
+        """Whether somebody else had the instance's row for too long: however often, that is not the step's fault."""
 
 
 class _EndedOtherwiseError(Exception):
@@ -56,6 +58,11 @@ class Prepared:
         """Let go of it."""
         if not self.verdict.done():
             self.verdict.set_exception(why or _EndedOtherwiseError())
+
+    async def give_up(self, why: BaseException | None = None) -> None:
+        """Let go of it, and wait until it is rolled back."""
+        self.roll_back(why)
+        await asyncio.wait([self.ended])
 
 
 async def perform_in_transaction(pool: Pool, work: Work, offer: Callable[[Prepared], None]) -> Fact | None:
@@ -131,14 +138,12 @@ async def commit(pool: Pool, prepared: Prepared, checkpoint: Checkpoint) -> Answ
         await limit_lock_waits(prepared.connection)
         [written] = await journal.write(prepared.connection, [checkpoint], wait=True)
     except Exception as error:
-        prepared.roll_back(error)
-        await asyncio.wait([prepared.ended])
+        await prepared.give_up(error)
         raise ConflictError(error) from error
     answer = written.answer
     assert answer is not None, "one that waits is never told that the row is locked"
     if answer.kind not in ("applied", "news") or written.again:
-        prepared.roll_back()
-        await asyncio.wait([prepared.ended])
+        await prepared.give_up()
         return answer
     prepared.verdict.set_result(None)
     try:

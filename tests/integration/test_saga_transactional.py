@@ -7,9 +7,10 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from pydantic import BaseModel, field_serializer
 
 from outbox import Event, Key, Pool, Transaction
-from saga import Failed, Run, saga, step, transactional
+from saga import Failed, Run, limits, operate, saga, step, transactional
 from tests.support.faults import eventually
 from tests.support.saga_worker import HOUR, Order, effects, journal_of, reaches, recorded, reserve, working
 
@@ -206,3 +207,81 @@ async def take_away(pool: Pool, instance_id: UUID) -> None:
         " where id = $1",
         instance_id,
     )
+
+
+class Odd(BaseModel):
+    """What it is written as cannot be read."""
+
+    count: int
+
+    @field_serializer("count")
+    def _in_words(self, count: int) -> str:
+        return f"the number {count}"
+
+
+@step(transactional=True)
+async def odd(tx: Transaction, order: Order) -> Odd:
+    await tx.execute("insert into records (sku) values ($1)", order.sku)
+    waiting["inside"].set()
+    return Odd(count=1)
+
+
+@saga("odd_one", deadline=HOUR)
+async def odd_one(run: Run, order: Order) -> int:
+    return (await run(odd(order))).count
+
+
+@saga("odd_pair", deadline=HOUR)
+async def odd_pair(run: Run, order: Order) -> None:
+    await run.parallel(odd(order), reserve(order))
+
+
+@pytest.mark.parametrize("kind", [odd_one, odd_pair])
+async def test_what_is_not_in_the_checkpoint_is_not_committed(saga_pool: Pool, kind: Any) -> None:
+    """The result cannot be read back, so it pauses.
+
+    Red where `Runner._finish` commits a step with any checkpoint: each resume does it once more.
+    """
+    await saga_pool.execute(RECORDS)
+    inside = waiting["inside"] = asyncio.Event()
+    async with working(saga_pool, kind) as service:
+        gate = service.gates["reserve"] = asyncio.Event()
+        handle = await kind.start(saga_pool, Order())
+        for _ in range(2):
+            await asyncio.wait_for(inside.wait(), 20)
+            gate.set()
+            await reaches(saga_pool, handle.id, "paused")
+            assert await records(saga_pool) == 0
+            inside.clear()
+            await operate.resume(saga_pool, handle.id, "try again")
+    reason, epoch = await saga_pool.fetchrow("select paused_reason, lease_epoch from saga.workflow_instances")
+    assert epoch <= 4  # the start, two claims, the hand-over: nothing was given back
+    assert reason is None or "odd#1 was rolled back, and its result cannot be read back" in reason
+
+
+async def test_a_row_that_somebody_has_for_long_does_not_pause_it(
+    saga_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red where every conflict counts, also one for the instance's row."""
+    monkeypatch.setattr(limits, "LOCKED_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(limits, "TRANSACTIONAL_ATTEMPTS", 3)
+    await saga_pool.execute(RECORDS)
+    inside, go_on = asyncio.Event(), asyncio.Event()
+    waiting["inside"], waiting["go_on"] = inside, go_on
+    tried = 0
+
+    async def many_times() -> bool:
+        nonlocal tried
+        tried += inside.is_set()
+        inside.clear()
+        return tried > 5
+
+    async with working(saga_pool, patient):
+        handle = await patient.start(saga_pool, Order())
+        await asyncio.wait_for(inside.wait(), 20)
+        async with saga_pool.acquire() as connection, connection.transaction():
+            await connection.execute("select from saga.workflow_instances for no key update")
+            go_on.set()
+            await eventually(many_times, what="several attempts")
+        assert await handle.result(timeout=20) == "A1"
+    assert await records(saga_pool) == 1

@@ -19,18 +19,19 @@ class AgentService:
 
     executed: set[UUID] = field(default_factory=set)
     cancelled: set[UUID] = field(default_factory=set, compare=False)
-    forgets: bool = field(default=False, compare=False)
+    is_deaf: bool = field(default=False, compare=False)
 
     async def execute(self, execution_id: UUID, workflow_id: UUID, agent_id: UUID, prompt: str) -> str:
         if agent_id != WORK.agent_id:
             raise AgentNotFoundError(agent_id)
-        if execution_id in self.cancelled and not self.forgets:
+        if execution_id in self.cancelled:
             raise ExecutionCancelledError(execution_id)
         self.executed.add(execution_id)
         return f"{prompt}, for {workflow_id}"
 
     async def cancel(self, execution_id: UUID) -> None:
-        self.executed.discard(execution_id)
+        if not self.is_deaf:
+            self.executed.discard(execution_id)
         self.cancelled.add(execution_id)
 
 
@@ -46,10 +47,10 @@ async def test_whatever_goes_wrong_everything_is_kept_or_undone() -> None:
     await lab_of().explore(WORK, world=AgentService)
 
 
-async def test_a_service_that_executes_what_was_cancelled_is_found() -> None:
-    """`fences=True` is a promise of the agent service; this one breaks it."""
-    with pytest.raises(Counterexample, match="execute_agent"):
-        await lab_of().explore(WORK, world=lambda: AgentService(forgets=True))
+async def test_a_service_that_does_not_cancel_is_found() -> None:
+    with pytest.raises(Counterexample) as found:
+        await lab_of().explore(WORK, world=lambda: AgentService(is_deaf=True))
+    assert len(found.value.faults) == 1
 
 
 async def test_an_agent_that_has_gone_is_a_rejection() -> None:

@@ -2,23 +2,23 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
-from uuid import uuid4
 
-import asyncpg
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks import command, saga_floor, saga_takeover, sagas
+from benchmarks.peer_workflows import ABSURD, DBOS, EDDA
+from benchmarks.real_kafka import UnavailableError
 from benchmarks.report import Report
-from benchmarks.sagas import Ground, Plan
+from benchmarks.saga_ground import Ground, Plan, fresh
 from outbox import embedded
 from outbox.embedded import Databases, Postgres
-from outbox.upkeep import migrate
 
 _EPILOG: Final = """
 [b]Examples[/b]
@@ -28,7 +28,6 @@ python -m benchmarks.saga --json figures.json --repeat 5\n
 python -m benchmarks.saga --only happy --only floor\n
 python -m benchmarks.saga --quick
 """
-_CONNECTIONS: Final = 16
 
 
 class Part(StrEnum):
@@ -38,12 +37,17 @@ class Part(StrEnum):
     FLOOR = "floor"
     LONG = "long"
     COMPENSATING = "compensating"
+    DBOS = "dbos"
+    ABSURD = "absurd"
+    EDDA = "edda"
     TAKEOVER = "takeover"
 
 
+_PEERS: Final = {Part.DBOS: DBOS, Part.ABSURD: ABSURD, Part.EDDA: EDDA}
 _PARTS: Final[dict[Part, Callable[[Ground, Plan, Report], Awaitable[None]]]] = {
     Part.HAPPY: sagas.happy,
     Part.FLOOR: saga_floor.floor,
+    **{part: peer.measure for part, peer in _PEERS.items()},
     Part.LONG: sagas.long,
     Part.COMPENSATING: sagas.compensating,
     Part.TAKEOVER: saga_takeover.takeover,
@@ -52,6 +56,7 @@ _PARTS: Final[dict[Part, Callable[[Ground, Plan, Report], Awaitable[None]]]] = {
 
 async def measure(parts: list[Part], plan: Plan, report: Report, console: Console) -> None:
     """All parts by turns, each on a database of its own, as often as the plan says."""
+    parts = await _available(parts, console)
     await command.other_load(report)
     with ExitStack() as stack:
         url = os.environ.get(embedded.DATABASE_URL)
@@ -66,28 +71,38 @@ async def measure(parts: list[Part], plan: Plan, report: Report, console: Consol
     command.warn_of_noise(report, console)
 
 
+async def _available(parts: list[Part], console: Console) -> list[Part]:
+    """Without the peers that cannot be installed; says which, and why.
+
+    Raises:
+        UnavailableError: nothing is left.
+    """
+    found = []
+    for part in parts:
+        try:
+            if (peer := _PEERS.get(part)) is not None:
+                await asyncio.to_thread(peer.prepare)
+            found.append(part)
+        except UnavailableError as error:
+            if parts == [part]:
+                raise
+            console.print(f"[yellow]without {part}:[/] {escape(str(error))}")
+    return found
+
+
 def _shares(plan: Plan, report: Report) -> None:
-    """Of the floor of the same run."""
+    """Of the floor of the same run, and against the peers."""
     report.section("Sagas as a share of the floor")
     for concurrent in (1, *plan.concurrent):
         rate, limit = f"saga_per_second_c{concurrent}", f"checkpoint_floor_per_second_c{concurrent}"
         if rate in report and limit in report:
             share = report[rate] / report[limit]
             report.add(f"share_of_floor_c{concurrent}", share, "ratio", plan.count(plan.sagas, concurrent))
-
-
-@asynccontextmanager
-async def fresh(databases: Databases) -> AsyncIterator[Ground]:
-    """A migrated database of its own for one measurement."""
-    name = f"bench_{uuid4().hex[:12]}"
-    url = await asyncio.to_thread(databases.create_database, name)
-    try:
-        async with asyncpg.create_pool(url, min_size=1, max_size=_CONNECTIONS) as pool:
-            await migrate.up(pool)
-            await migrate.up(pool, package="saga")
-            yield Ground(url=url, pool=pool)
-    finally:
-        await asyncio.to_thread(databases.drop_database, name)
+    rates = [report[rate] for c in plan.concurrent if (rate := f"saga_per_second_c{c}") in report]
+    for peer in _PEERS.values():
+        if rates and (rate := f"{peer.name}_per_second") in report:
+            report.section("Sagas beside peers, each at its best")
+            report.add(f"saga_to_{peer.name}", max(rates) / report[rate], "ratio", plan.sagas)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -106,6 +121,7 @@ def main(
 
     Clients start sagas and wait for their results in one process with the worker, 1, 20, 200 and 1,000 at a time. The
     floor is the statements that such a saga cannot do without (start, claim, checkpoints), for as many at a time.
+    DBOS, Absurd and Edda run on the same server; each is installed into .cache/peers when it is measured first.
     PostgreSQL is started for the run, or taken from DATABASE_URL.
     """
     plan = Plan(sagas=count, repeat=repeat)

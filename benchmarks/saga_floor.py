@@ -11,7 +11,8 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 from benchmarks.report import Report
-from benchmarks.sagas import THREE, Ground, Order, Plan, counters
+from benchmarks.saga_ground import Ground, Plan, counters
+from benchmarks.sagas import THREE, Order
 from outbox.postgres import Connection
 from saga import journal
 from saga.journal import Start

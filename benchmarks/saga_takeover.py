@@ -8,7 +8,8 @@ from typing import Final
 
 from benchmarks.processes import Child
 from benchmarks.report import Report
-from benchmarks.sagas import THREE, Clock, Ground, Order, Plan
+from benchmarks.saga_ground import Ground, Plan
+from benchmarks.sagas import THREE, Clock, Order
 from outbox import Pool
 from saga import Run, Saga, StepContext, saga, step
 

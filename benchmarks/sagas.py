@@ -2,46 +2,19 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final, NamedTuple
+from typing import Final
 
 from pydantic import BaseModel
 
 from benchmarks.report import Report, percentile
+from benchmarks.saga_ground import Ground, Plan, counters
 from outbox import Pool
 from saga import Failed, Rejected, Run, Saga, Settings, StepContext, Unknown, Worker, saga, step
 
 _RESULT_SECONDS: Final = 300.0
 _HOUR: Final = timedelta(hours=1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Sizes; `quick` is enough to see that everything works and for nothing else."""
-
-    sagas: int = 10_000
-    serial: int = 500
-    long: int = 3_000
-    in_flight: int = 10_000
-    repeat: int = 3
-    concurrent: tuple[int, ...] = (20, 200, 1_000)
-
-    def count(self, wanted: int, concurrent: int) -> int:
-        """Of so many sagas, how many make a measurement: fewer where they come one after the other."""
-        return min(wanted, self.serial) if concurrent == 1 else wanted
-
-    def quick(self) -> "Plan":
-        """Everything at a size that takes seconds."""
-        return replace(self, sagas=400, serial=20, long=200, in_flight=200, repeat=1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
-    """A migrated database with nothing in it."""
-
-    url: str
-    pool: Pool
 
 
 @dataclass(slots=True)
@@ -176,19 +149,3 @@ async def _clients(pool: Pool, one: Saga[Order, str], count: int, concurrent: in
                 assert rejected
 
     await asyncio.gather(*(client() for _ in range(concurrent)))
-
-
-class Counters(NamedTuple):
-    """Of the server: transactions that wrote something, and bytes of the write-ahead log."""
-
-    commits: int
-    wal_bytes: int
-
-
-async def counters(pool: Pool) -> Counters:
-    """As they are now; asking is a transaction that counts."""
-    row = await pool.fetchrow(
-        "select pg_current_xact_id()::text::bigint as xid, (pg_current_wal_insert_lsn() - '0/0')::bigint as wal"
-    )
-    assert row is not None
-    return Counters(int(row["xid"]), int(row["wal"]))

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from benchmarks import peer_environment, saga
+from benchmarks.real_kafka import UnavailableError
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +71,13 @@ PROMISED_OF_SAGAS = {
 }
 
 
+PROMISED_OF_PEERS = {
+    "dbos_per_second": "sagas/s",
+    "absurd_per_second": "sagas/s",
+    "edda_per_second": "sagas/s",
+}
+
+
 def benchmark(*arguments: str, module: str = "relay") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments],
@@ -84,9 +95,10 @@ def of_consumers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     return measured("cache", tmp_path_factory.mktemp("benchmark"))
 
 
-def measured(module: str, directory: Path) -> dict[str, dict[str, object]]:
+def measured(module: str, directory: Path, *only: str) -> dict[str, dict[str, object]]:
     file = directory / "figures.json"
-    done = benchmark("--quick", "--json", str(file), module=module)
+    parts = [argument for part in only for argument in ("--only", part)]
+    done = benchmark("--quick", "--json", str(file), *parts, module=module)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())
     assert all(row.keys() == {"metric", "value", "unit", "n"} for row in rows)
@@ -142,7 +154,8 @@ def test_consumers_values_make_sense(of_consumers: dict[str, dict[str, object]])
 
 @pytest.fixture(scope="module")
 def of_sagas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    return measured("saga", tmp_path_factory.mktemp("benchmark"))
+    parts = ("happy", "floor", "long", "compensating", "takeover")  # not those that need peers
+    return measured("saga", tmp_path_factory.mktemp("benchmark"), *parts)
 
 
 @pytest.mark.timeout(420)
@@ -154,6 +167,33 @@ def test_sagas_every_promised_metric_is_there_and_steps_share_commits(of_sagas: 
     for concurrent in (20, 200, 1_000):
         alone = number(of_sagas, f"checkpoint_alone_per_second_c{concurrent}")
         assert 0 < number(of_sagas, f"checkpoint_floor_per_second_c{concurrent}") < alone
+
+
+@pytest.mark.timeout(420)
+def test_peers_every_promised_metric_is_there(tmp_path: Path) -> None:
+    if missing := [name for name in ("dbos", "absurd", "edda") if not peer_environment.is_ready(name)]:
+        pytest.skip(f"not installed yet: {', '.join(missing)}; python -m benchmarks.saga does it")
+    figures = measured("saga", tmp_path, "dbos", "absurd", "edda")
+    assert {metric: figures[metric]["unit"] for metric in PROMISED_OF_PEERS} == PROMISED_OF_PEERS
+    assert number(figures, "dbos_commits_per_saga") > 3  # each workflow and each step is durable
+
+
+def test_a_peer_that_cannot_be_installed_is_named_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"absurd could not be installed from benchmarks/peers/absurd\.txt"):
+        peer_environment.interpreter("absurd", directory=tmp_path, options=("--no-index",))
+    assert not peer_environment.is_ready("absurd", directory=tmp_path)
+
+
+async def test_without_a_peer_the_rest_is_measured_and_alone_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Path:
+        raise UnavailableError(f"{name} could not be installed: [no such index]")
+
+    monkeypatch.setattr(peer_environment, "interpreter", fail)
+    console = Console(record=True, width=200)
+    assert await saga._available([saga.Part.HAPPY, saga.Part.DBOS], console) == [saga.Part.HAPPY]
+    assert "without dbos: dbos could not be installed: [no such index]" in console.export_text()
+    with pytest.raises(UnavailableError):
+        await saga._available([saga.Part.DBOS], console)
 
 
 @pytest.mark.parametrize("module", ["relay", "cache", "saga"])

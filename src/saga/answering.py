@@ -14,7 +14,6 @@ from uuid import UUID
 from outbox import postgres
 from outbox.cache.fold import Fault
 from outbox.consumer import handling
-from outbox.consumer.record import storable
 from outbox.errors import HandlerFailed
 from outbox.postgres import Connection
 from outbox.transaction import Transaction
@@ -190,7 +189,7 @@ class Serving:
             row = replace(row, attempts=attempts)
         elif command.kind == "do":
             outcome = "rejected" if is_refusal else "unknown"
-            text = _reason(error) if isinstance(error, Rejected) else text_of(error)
+            text = error.reason if isinstance(error, Rejected) else text_of(error)
             row = replace(row, outcome=outcome, error=text, attempts=0)
             replies.append(reply(command, answer_to_do(outcome, None, text)))
         else:
@@ -281,7 +280,3 @@ class Serving:
             [message.headers for message in replies],
             [message.payload for message in replies],
         )
-
-
-def _reason(error: Rejected) -> str:
-    return storable(error.reason.encode("utf-8", "backslashreplace"))[: limits.REASON_MAX_CHARACTERS]

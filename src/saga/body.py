@@ -149,7 +149,7 @@ class Body:
         except StopIteration as end:
             self.position = Returned(end.value)
         except Rejected as rejection:
-            self.position = Raised(rejection.reason[: limits.REASON_MAX_CHARACTERS])
+            self.position = Raised(rejection.reason)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - a body is the user's code; its bug pauses its instance only

@@ -5,9 +5,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
-from saga import limits
 from saga.calls import Calls, Needs
 from saga.compensating import Following
+from saga.errors import storable
 from saga.ledger import Ledger
 from saga.state import Checkpoint, Claimed, Ending, OutboxRow, PlanRow
 
@@ -104,7 +104,7 @@ class Composer:
             open=self._calls.open(held=False) if plan is None and verdict is None else (),
             state="paused",
             held=False,
-            paused_reason=reason[: limits.REASON_MAX_CHARACTERS],
+            paused_reason=storable(reason),
             ending=ending,
             error=error,
         )

@@ -127,10 +127,24 @@ def _reply(arrival: Arrival) -> Reply:
     if UUID(_text(headers, "saga-key")) != step_key(instance_id, path):
         raise ValueError("saga-key is not that of this step")
     payload = (arrival.record.value or b"").decode()
-    if not _fits(kind, json.loads(payload), headers):
+    if not _fits(kind, _storable(payload), headers):
         raise ValueError(f"the payload {payload[:100]!r} answers no {kind}")
     dedupe_key = "do" if kind == "do" else f"undo/{_round(headers)}/{_message_id(headers, 'saga-answers')}"
     return Reply(kind=kind, instance_id=instance_id, path=path, payload=payload, dedupe_key=dedupe_key)
+
+
+def _storable(payload: str) -> object:
+    """What a payload says, if the journal can hold all of it."""
+    plain = json.loads(payload, parse_constant=_refuse)
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    text.encode()  # refuses a lone surrogate
+    if "\\u0000" in text:
+        raise ValueError("it contains U+0000")
+    return plain
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it contains {constant}")
 
 
 def _fits(kind: Kind, plain: object, headers: "Headers") -> bool:

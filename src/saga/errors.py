@@ -2,6 +2,14 @@
 
 from typing import Final
 
+from saga import limits
+
+
+def storable(text: str) -> str:
+    """A text for people as the journal can hold it: without U+0000 and lone surrogates, and not too long."""
+    clean = text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+    return clean[: limits.REASON_MAX_CHARACTERS]
+
 
 class Rejected(Exception):
     """A declared business failure: nothing happened, and there is no use in trying again.
@@ -12,8 +20,8 @@ class Rejected(Exception):
 
     @property
     def reason(self) -> str:
-        """Why, for people."""
-        return str(self.args[0]) if self.args else ""
+        """Why, for people; as the journal can hold it."""
+        return storable(str(self.args[0])) if self.args else ""
 
 
 class SagaError(Exception):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from saga.errors import storable
 from saga.state import (
     Checkpoint,
     Claimed,
@@ -52,11 +53,12 @@ class Ended:
 def ended_by(mail: Mail, *, not_before: datetime) -> Ended:
     """How a reply, the end of a child or a granted lock ends the call that it is about."""
     payload = json.loads(mail.payload) or {}  # of a lock, null
+    error = payload.get("error")
     outcome: Outcome = "completed" if mail.kind == "lock" else payload["outcome"]
     return Ended(
         outcome=outcome,
         output=json.dumps(payload["output"], ensure_ascii=False) if "output" in payload else None,
-        error=payload.get("error"),
+        error=storable(error) if error is not None else None,
         at=max(mail.at, not_before),
         is_external=False,
     )

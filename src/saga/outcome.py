@@ -6,20 +6,22 @@
 | raised `Rejected`                             | `Refused`: it did nothing; clean only if every attempt says so      |
 | returned a value that the journal cannot hold | `Unwritable`: it happened, and the step has a bug                   |
 | timed out, lost a connection, raised anything | `Uncertain`: it may have happened                                   |
+| was cancelled by somebody else than us        | likewise                                                            |
 
 A compensation that raises anything, `Rejected` included, is `Uncertain`: it is tried again. Cancellation of the attempt
 itself is passed on: it is the worker that stops, and the intent in the journal says what that means.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
 
-from saga import limits
 from saga.context import NotDone, StepContext, Unknown
-from saga.errors import PayloadError, Rejected
+from saga.errors import PayloadError, Rejected, storable
 from saga.state import Completed, Fact, NotHappened, Refused, Uncertain, Unwritable, Work
 from saga.step import Target
+
+T = TypeVar("T")
 
 
 async def perform(
@@ -55,20 +57,19 @@ def context_of(work: Work, deps: object) -> StepContext[Any]:
 def brief(error: BaseException) -> str:
     """An error in one line that the journal can hold."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    clean = text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
-    return clean[: limits.REASON_MAX_CHARACTERS]
+    return storable(text)
 
 
 async def _do(work: Work, target: Target, context: object) -> Fact:
     args, kwargs = target.arguments.unbind(work.values)
     try:
         if work.kind == "transactional":
-            result = await cast("Any", target).function(context, *args, **kwargs)
+            result = await _called(cast("Any", target).function(context, *args, **kwargs))
         else:
             async with asyncio.timeout(work.timeout_seconds):
-                result = await cast("Any", target).function(context, *args, **kwargs)
+                result = await _called(cast("Any", target).function(context, *args, **kwargs))
     except Rejected as rejection:
-        return Refused(path=work.path, reason=rejection.reason[: limits.REASON_MAX_CHARACTERS])
+        return Refused(path=work.path, reason=rejection.reason)
     return _completed(work, target, result)
 
 
@@ -86,10 +87,10 @@ async def _undo(work: Work, target: Target, context: object) -> Fact:
         if isinstance(done, NotDone):
             return Completed(path=work.path)
     if work.kind == "undo_transactional":
-        await target.undo.function(context, done, *args, **kwargs)
+        await _called(target.undo.function(context, done, *args, **kwargs))
     else:
         async with asyncio.timeout(work.timeout_seconds):
-            await target.undo.function(context, done, *args, **kwargs)
+            await _called(target.undo.function(context, done, *args, **kwargs))
     return Completed(path=work.path)
 
 
@@ -113,7 +114,30 @@ async def _ask(work: Work, target: Target, context: object) -> Any:
     assert target.ask is not None, f"{target.name} has no probe"
     args, kwargs = target.arguments.unbind(work.values)
     async with asyncio.timeout(target.timeout_seconds):
-        return await target.ask(context, *args, **kwargs)
+        return await _called(target.ask(context, *args, **kwargs))
+
+
+async def _called(calling: Awaitable[T]) -> T:
+    """Await a function of the user's. Whatever it ends with is an `Exception`, unless the worker itself stops.
+
+    Raises:
+        _StrayError: it awaited something that somebody else had cancelled, or raised what is no `Exception`.
+    """
+    try:
+        return await calling
+    except (Exception, GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _StrayError("it awaited something that was cancelled") from error
+    except BaseException as error:
+        raise _StrayError(brief(error)) from error
+
+
+class _StrayError(Exception):
+    """What a function of the user's must not raise, as an error like others."""
 
 
 def _completed(work: Work, target: Target, result: object) -> Fact:

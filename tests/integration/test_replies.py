@@ -151,6 +151,17 @@ async def test_a_reply_that_nobody_can_store_is_kept_aside_and_the_others_go_on(
     assert json.loads(stray["payload"]) == {"outcome": "completed", "output": {"shelf": "A1"}}
 
 
+@pytest.mark.parametrize("output", ['"\\u0000"', '["\\ud800"]', "NaN", '{"price": 1e400}'])
+async def test_a_reply_that_the_journal_could_not_hold_is_kept_aside(desk: Desk, output: str) -> None:
+    """Red where `envelope` does not look: the mailbox takes it, and each claim of the saga pauses it again."""
+    first, second = await waiting(desk.pool, "a", "b")
+    outcome = await desk.deliver(done(first, output=output), done(second))
+    assert outcome.applied == 2
+    assert await desk.mail(first) == []
+    assert len(await desk.mail(second)) == 1
+    assert await desk.pool.fetchval("select count(*) from saga.stray_replies") == 1
+
+
 @pytest.mark.parametrize("side", ["before", "after"])
 async def test_a_lost_batch_leaves_nothing_and_is_delivered_once(desk: Desk, side: str) -> None:
     (instance,) = await waiting(desk.pool, "a")

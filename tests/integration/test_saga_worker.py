@@ -17,6 +17,7 @@ from tests.support.saga_worker import (
     both,
     charge,
     effects,
+    exclusive,
     journal_of,
     plan_of,
     reaches,
@@ -168,13 +169,6 @@ async def test_a_child_runs_and_is_undone_with_its_parent(saga_pool: Pool) -> No
         with pytest.raises(Failed, match="too late"):
             await handle.result(timeout=20)
     assert (await effects(saga_pool))[3:] == ["reserve", "charge", "ship", "recall", "refund", "release"]
-
-
-@saga("exclusive", deadline=HOUR)
-async def exclusive(run: Run, order: Order) -> str:
-    await run.lock("the printer")
-    await run(reserve(order))
-    return await run(charge(order))
 
 
 async def test_a_lock_is_passed_on(saga_pool: Pool) -> None:

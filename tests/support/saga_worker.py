@@ -178,6 +178,13 @@ async def recorded(run: Run, order: Order) -> int:
     return count
 
 
+@saga("exclusive", deadline=HOUR)
+async def exclusive(run: Run, order: Order) -> str:
+    await run.lock("the printer")
+    await run(reserve(order))
+    return await run(charge(order))
+
+
 @asynccontextmanager
 async def working(
     pool: Pool, *sagas: Saga[Any, Any], settings: Settings = QUICK, deps: Service | None = None

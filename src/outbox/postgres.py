@@ -11,8 +11,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, LiteralString, TypeAlias, cast
+from uuid import UUID
 
 import asyncpg
+from asyncpg.pgproto.pgproto import UUID as _DriverUUID  # noqa: N811 - a class of that name is imported above
 from asyncpg.pool import PoolConnectionProxy
 
 from outbox import crash_sites, limits
@@ -197,6 +199,12 @@ async def connect_like(pool: "Pool") -> "Connection":
     arguments, options = inside._connect_args, inside._connect_kwargs  # noqa: SLF001 - asyncpg tells them in no other way
     connection: Connection = await asyncpg.connect(*arguments, **{"timeout": limits.CONNECT_TIMEOUT_SECONDS, **options})
     return connection
+
+
+def uuid_of(raw: bytes) -> UUID:
+    """A UUID of 16 bytes as the driver makes them: equal to Python's, and much quicker to make, hash and write."""
+    made: UUID = _DriverUUID(raw)
+    return made
 
 
 def is_pool(db: object) -> "TypeIs[Pool]":

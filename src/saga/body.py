@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 from uuid import UUID
 
 from saga import limits
@@ -39,24 +39,14 @@ class Slot:
     digest: bytes
     call: Call[Any] | None = None
     operation: Operation
-    text: str | None = None
-    """Its input in journal form, where that came along with the digest."""
+    text: str = "null"
+    """Its input in journal form."""
 
     @property
     def target(self) -> Target:
         """The step or contract of the call."""
         assert self.call is not None, f"{self.path} is no call"
         return self.call.target
-
-    def encode(self) -> str:
-        """Its input in journal form."""
-        if self.text is not None:
-            return self.text
-        if self.call is not None:
-            return str(self.call.target.arguments.encode(self.call.values))
-        if isinstance(self.operation, DoChild):
-            return self.operation.saga.request.encode(self.operation.request)
-        return "null"
 
 
 @dataclass(slots=True)
@@ -105,19 +95,19 @@ class Body:
         self._saga: Final = saga
         self._counts: dict[str, int] = {}
         self._operations = 0
-        self._coroutine: Final[Any] = saga.function(self.run, request)
+        self._coroutine: Final = cast("Any", saga.function(self.run, request))
         self.position: Position = Closed()
-        self._drive(lambda: self._coroutine.send(None))
+        self._drive(self._coroutine.send, None)
 
     def answer(self, value: Any, at: datetime) -> None:
         """Give it the result of its operation, which the journal says was there at `at`."""
         self.run.move(at)
-        self._drive(lambda: self._coroutine.send(value))
+        self._drive(self._coroutine.send, value)
 
     def reject(self, reason: str, at: datetime) -> None:
         """Raise `Rejected` where it waits; it may catch that."""
         self.run.move(at)
-        self._drive(lambda: self._coroutine.throw(Rejected(reason)))
+        self._drive(self._coroutine.throw, Rejected(reason))
 
     def close(self) -> None:
         """End it where it stands; nothing of it runs any more but its `finally` blocks."""
@@ -135,13 +125,13 @@ class Body:
         if isinstance(self.position, At):
             self.position = Closed()
 
-    def _drive(self, resume: Callable[[], Any]) -> None:
+    def _drive(self, resume: Callable[[Any], Any], value: object) -> None:
         loop = asyncio._get_running_loop()  # noqa: SLF001 - as in `_no_event_loop`, which costs more
         try:
             try:
                 asyncio._set_running_loop(None)  # noqa: SLF001
                 self.run.is_driven = True
-                yielded = resume()
+                yielded = resume(value)
             finally:
                 self.run.is_driven = False
                 asyncio._set_running_loop(loop)  # noqa: SLF001
@@ -179,12 +169,13 @@ class Body:
                     for n, call in enumerate(yielded.calls)
                 ),
             )
+        if isinstance(yielded, DoStep):
+            call = yielded.call
+            return At(yielded, (self._of_call(self._path(call.target.name), call, yielded),))
         return At(yielded, (self._of(yielded),))
 
     def _of(self, operation: Operation) -> Slot:
         match operation:
-            case DoStep(call=call):
-                return self._of_call(self._path(call.target.name), call, operation)
             case DoReceive(signal=signal):
                 name = signal.__name__
                 return Slot(path=self._path(name), name=name, kind="receive", digest=b"", operation=operation)
@@ -194,10 +185,9 @@ class Body:
             case DoLock(key=key):
                 return Slot(path=self._path("lock"), name="lock", kind="lock", digest=_digest(key), operation=operation)
             case DoChild(saga=child, request=request):
-                digest = child.request.digest(request)
-                return Slot(
-                    path=self._path(child.name), name=child.name, kind="child", digest=digest, operation=operation
-                )
+                text, digest = child.request.recognise(request)
+                path = self._path(child.name)
+                return Slot(path=path, name=child.name, kind="child", digest=digest, operation=operation, text=text)
             case DoPivot():
                 return Slot(path=self._path("pivot"), name="pivot", kind="pivot", digest=b"", operation=operation)
             case _:

@@ -13,7 +13,7 @@ After the pivot an unknown outcome cannot be undone, so the call is *stuck*: the
 starts its attempts again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -57,6 +57,8 @@ class Needs:
     children: list[ChildStart] = field(default_factory=list)
     ready: list[Work] = field(default_factory=list)
     """May start: their intents are written."""
+    following: list[Work] = field(default_factory=list)
+    """May start once `intents` are written, if nothing else has been heard by then."""
     alone: list[Work] = field(default_factory=list)
     """May start once everything that is decided is written: they commit by themselves."""
     wake_at: list[datetime] = field(default_factory=list)
@@ -186,6 +188,8 @@ class Calls:
 
     def expire(self, now: datetime) -> None:
         """Commands whose reply did not come in time; after the pivot also those whose reply says that nobody knows."""
+        if not self._ledger.intents:
+            return
         for intent in list(self._ledger.open_intents()):
             if intent.kind != "remote":
                 continue
@@ -268,7 +272,7 @@ class Calls:
         """These intents are new in the journal."""
         self._untouched.update(intent.path for intent in intents)
 
-    def fly(self, works: list[Work]) -> tuple[Work, ...]:
+    def fly(self, works: Sequence[Work]) -> tuple[Work, ...]:
         """Start them."""
         for work in works:
             self._untouched.discard(work.path)
@@ -302,11 +306,13 @@ class Calls:
             name=slot.name,
             kind=slot.kind,
             digest=slot.digest,
-            input=slot.encode(),
+            input=slot.text,
             flying=slot.kind == "step",
             started_at=now,
         )
-        if slot.kind == "remote":
+        if slot.kind == "step":
+            needs.following.append(self._work(slot, "step", 1))
+        elif slot.kind == "remote":
             assert isinstance(slot.target, Remote)
             intent = replace(intent, until=now + timedelta(seconds=slot.target.timeout_seconds))
             needs.outbox.append(messages.do(self._id, slot.target, intent, self._saga.reply_topic, self._deadline_at))

@@ -14,7 +14,7 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, from_json
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 _KINDS: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 DIGEST_BYTES: Final = 16
+_Write: TypeAlias = Callable[..., bytes]
+_Read: TypeAlias = Callable[[str], Any]
 
 
 def name_of(function: object) -> str:
@@ -61,8 +63,10 @@ class Value(Generic[T]):
         """
         self.what: Final = what
         self.annotation: Final = annotation
-        self._adapter: TypeAdapter[T] = _adapter(annotation, what)
-        self._has_defaults: Final = _has_defaults(self._adapter)
+        adapter: TypeAdapter[T] = _adapter(annotation, what)
+        self._has_defaults: Final = _has_defaults(adapter)
+        self._write: Final[_Write] = adapter.serializer.to_json
+        self._read: Final[_Read] = adapter.validator.validate_json
 
     def encode(self, value: T) -> str:
         """The journal form.
@@ -70,7 +74,16 @@ class Value(Generic[T]):
         Raises:
             PayloadError: the value is not of the type, or has no JSON form.
         """
-        return _dump(self._adapter, value, self.what)
+        return _dump(self._write, value, self.what).decode()
+
+    def recognise(self, value: T) -> tuple[str, bytes]:
+        """The journal form, and its digest: equal for equal values, whatever defaults were added since.
+
+        Raises:
+            PayloadError: the value is not of the type, or has no JSON form.
+        """
+        body = _dump(self._write, value, self.what)
+        return body.decode(), _digest(self._write(value, exclude_defaults=True) if self._has_defaults else body)
 
     def decode(self, text: str) -> T:
         """The value of a journal form.
@@ -78,7 +91,7 @@ class Value(Generic[T]):
         Raises:
             PayloadError: it is of another type than the annotation says now.
         """
-        return cast("T", _load(self._adapter, text, self.what))
+        return cast("T", _load(self._read, text, self.what))
 
     def read(self, text: str) -> T:
         """The value of what a person wrote.
@@ -87,7 +100,7 @@ class Value(Generic[T]):
             PayloadError: it is no such value; says where.
         """
         try:
-            return self._adapter.validate_json(text)
+            return cast("T", self._read(text))
         except ValidationError as error:
             raise PayloadError(
                 self.what, f"does not fit ({_problems(error)})", "correct it, and say it again"
@@ -95,7 +108,7 @@ class Value(Generic[T]):
 
     def digest(self, value: T) -> bytes:
         """Equal for equal values, whatever the order of keys, and whatever defaults were added since."""
-        return _digest(from_json(_dump(self._adapter, value, self.what, exclude_defaults=self._has_defaults)))
+        return self.recognise(value)[1]
 
 
 class Arguments:
@@ -120,11 +133,11 @@ class Arguments:
         self._positional: Final = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self._keyword: Final = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         self._signature: Final = inspect.Signature(parameters)
-        self._whole: TypeAdapter[dict[str, Any]] = _adapter(
-            _typed_dict({p.name: hints[p.name] for p in parameters}), self.name
-        )
+        whole = _adapter(_typed_dict({p.name: hints[p.name] for p in parameters}), self.name)
         self._defaults: Final = self._default_forms(parameters)
-        self._has_defaults: Final = _has_defaults(self._whole)
+        self._has_defaults: Final = _has_defaults(whole)
+        self._write: Final[_Write] = whole.serializer.to_json
+        self._read: Final[_Read] = whole.validator.validate_json
 
     def _default_forms(self, parameters: list[inspect.Parameter]) -> dict[str, Any]:
         """What defaults look like in a digest; an argument equal to its default is left out of it."""
@@ -163,16 +176,17 @@ class Arguments:
         Raises:
             PayloadError: an argument is not of its type, or has no JSON form.
         """
-        return _dump(self._whole, values, self.name)
+        return _dump(self._write, values, self.name).decode()
 
-    def recognise(self, values: dict[str, Any]) -> tuple[str | None, bytes]:
-        """The digest, and the journal form where that came along."""
-        text = _dump(self._whole, values, self.name, exclude_defaults=self._has_defaults)
-        form = from_json(text)
-        for name, default in self._defaults.items():
-            if name in form and form[name] == default:
-                del form[name]
-        return None if self._has_defaults else text, _digest(form)
+    def recognise(self, values: dict[str, Any]) -> tuple[str, bytes]:
+        """The journal form, and its digest: equal for equal arguments, whatever defaults were added since.
+
+        Raises:
+            PayloadError: an argument is not of its type, or has no JSON form.
+        """
+        body = _dump(self._write, values, self.name)
+        bare = self._write(values, exclude_defaults=True) if self._has_defaults else body
+        return body.decode(), _digest(bare, self._defaults)
 
     def decode(self, text: str) -> dict[str, Any]:
         """The arguments of a journal form; parameters that were added since have their defaults.
@@ -183,12 +197,12 @@ class Arguments:
         found = json.loads(text)
         missing = [name for name in self.names if name not in found]
         if not missing:
-            return cast("dict[str, Any]", _load(self._whole, text, self.name))
+            return cast("dict[str, Any]", _load(self._read, text, self.name))
         unknown = [name for name in missing if name not in self._defaults]
         if unknown:
             raise PayloadError(self.name, f"has a parameter {unknown[0]!r} that the journal lacks", "give it a default")
         filled = json.dumps({**found, **{name: self._defaults[name] for name in missing}})
-        return cast("dict[str, Any]", _load(self._whole, filled, self.name))
+        return cast("dict[str, Any]", _load(self._read, filled, self.name))
 
     def digest(self, values: dict[str, Any]) -> bytes:
         """Equal for equal arguments, whatever the order of keys, and whatever defaults were added since."""
@@ -235,9 +249,9 @@ def _check_parameter(owner: str, parameter: inspect.Parameter, hints: Mapping[st
         raise SagaDeclarationError(field, "has no annotation", "annotate it: the journal is read by annotations")
 
 
-def _dump(adapter: TypeAdapter[Any], value: Any, what: str, *, exclude_defaults: bool = False) -> str:
+def _dump(write: _Write, value: object, what: str) -> bytes:
     try:
-        body = adapter.dump_json(value, warnings="error", exclude_defaults=exclude_defaults)
+        body = write(value, warnings="error")
     except (ValueError, TypeError, AttributeError) as error:
         raise PayloadError(
             what, f"cannot be written as JSON ({error})", "pass what the annotation says, of types that JSON has"
@@ -251,12 +265,12 @@ def _dump(adapter: TypeAdapter[Any], value: Any, what: str, *, exclude_defaults:
     # The searches are cheap and may hit innocent text; only then is the document read with care.
     if b"\\u0000" in body or b"NaN" in body or b"Infinity" in body:
         _refuse_unstorable(body, what)
-    return body.decode()
+    return body
 
 
-def _load(adapter: TypeAdapter[Any], text: str, what: str) -> Any:
+def _load(read: _Read, text: str, what: str) -> Any:
     try:
-        return adapter.validate_json(text)
+        return read(text)
     except ValidationError as error:
         raise PayloadError(
             what, f"cannot be read from the journal ({_problems(error)})", "let the type accept what was written before"
@@ -292,5 +306,10 @@ def _refuse_unstorable(body: bytes, what: str) -> None:
 _canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
-def _digest(form: object) -> bytes:
+def _digest(body: bytes, defaults: Mapping[str, Any] | None = None) -> bytes:
+    form = from_json(body)
+    if defaults:
+        for name, default in defaults.items():
+            if name in form and form[name] == default:
+                del form[name]
     return hashlib.blake2b(_canonical(form).encode(), digest_size=DIGEST_BYTES).digest()

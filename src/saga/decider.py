@@ -84,6 +84,8 @@ class Execution:
         self._back: Compensating | None = None
         self._undoing: dict[str, Work] = {}
         self._writing: Checkpoint | None = None
+        self._following: tuple[Work, ...] = ()
+        """What starts once that is applied, if nothing else has been heard by then."""
         self._has_heard = True
         """Whether something was told since the body was run last."""
         self._looking = False
@@ -189,6 +191,8 @@ class Execution:
     def _applied(self, checkpoint: Checkpoint, now: datetime) -> Decision:
         self._apply(checkpoint, with_next=True)
         if checkpoint.held:
+            if self._following and not self._has_heard and self._interrupted(now) is None:
+                return Decision(start=self._calls.fly(self._following))
             return self._decide(now)
         self.release()
         return Decision(released=True, chores=self._chores(checkpoint.state))
@@ -266,8 +270,8 @@ class Execution:
         interrupted = self._interrupted(now)
         if interrupted is not None and self._forward is None:
             return self._go_back(*interrupted, now)  # without the body: it may not even agree with the journal any more
-        body = self._advance(now)
-        return self._wait(body, now) if isinstance(body.position, At) else self._ended(body.position, now)
+        at = self._advance(now).position
+        return self._wait(at, interrupted, now) if isinstance(at, At) else self._ended(at, now)
 
     def _ended(self, position: Position, now: datetime) -> Decision:
         """The body has ended by itself."""
@@ -309,16 +313,16 @@ class Execution:
             return "failed", "past its deadline"
         return None
 
-    def _wait(self, body: Body, now: datetime) -> Decision:
+    def _wait(self, at: At, doomed: tuple[Ending, str] | None, now: datetime) -> Decision:
         """The body waits for an operation: begin what it needs, or let the instance go until something comes."""
-        at = body.position
-        assert isinstance(at, At)
         assert self._forward is not None
-        rows = [self._ledger.row(slot.path) for slot in at.slots]
-        unknown = next((row for row in rows if row is not None and row.outcome == "unknown"), None)
-        doomed = self._interrupted(now) or (
-            ("failed", f"{unknown.path} is unknown: {unknown.error}") if unknown else None
-        )
+        by_path, missing = self._ledger.by_path, []
+        for slot in at.slots:
+            row = by_path.get(slot.path)
+            if row is None:
+                missing.append(slot)
+            elif row.outcome == "unknown" and doomed is None:
+                doomed = ("failed", f"{row.path} is unknown: {row.error}")
         if doomed is not None or self._calls.stuck or self._pause_asked is not None:
             if self._calls.flying:
                 return self._ask(self._compose.forward(now, Needs(), held=True)) if self._ledger.pending else _WAIT
@@ -328,13 +332,12 @@ class Execution:
                 return self._go_back(*doomed, now)
             return self._pause("; ".join(self._calls.stuck.values()), now)
         needs = Needs()
-        for slot, row in zip(at.slots, rows, strict=True):
-            if row is None:
-                if slot.kind in ("receive", "sleep"):
-                    needs.wake_at.append(self._forward.until(slot))
-                    needs.waits_for = f"{slot.kind} {slot.path}"
-                else:
-                    self._calls.need(needs, slot, now)
+        for slot in missing:
+            if slot.kind in ("receive", "sleep"):
+                needs.wake_at.append(self._forward.until(slot))
+                needs.waits_for = f"{slot.kind} {slot.path}"
+            else:
+                self._calls.need(needs, slot, now)
         return self._act(needs, now)
 
     def _act(self, needs: Needs, now: datetime) -> Decision:
@@ -345,7 +348,8 @@ class Execution:
         if held:
             start = self._calls.fly(needs.ready)
             if self._ledger.pending or needs.intents:
-                return self._ask(self._compose.forward(now, needs, held=True), start)
+                following = () if needs.alone else tuple(needs.following)
+                return self._ask(self._compose.forward(now, needs, held=True), start, following)
             return Decision(start=(*start, *self._calls.fly(needs.alone)))
         needs.wake_at += [work.not_before for work in needs.ready if work.not_before is not None]
         return self._ask(self._compose.forward(now, needs, held=False))
@@ -390,6 +394,6 @@ class Execution:
         back = self._back.changes if self._back is not None and self._ending is not None else None
         return self._ask(self._compose.paused(now, str(reason), back, verdict=self._verdict, strict=strict))
 
-    def _ask(self, checkpoint: Checkpoint, start: tuple[Work, ...] = ()) -> Decision:
-        self._writing = checkpoint
+    def _ask(self, checkpoint: Checkpoint, start: tuple[Work, ...] = (), following: tuple[Work, ...] = ()) -> Decision:
+        self._writing, self._following = checkpoint, following
         return Decision(start=start, checkpoint=checkpoint)

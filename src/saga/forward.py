@@ -91,19 +91,32 @@ class Forward:
         """
         while isinstance(at := self.body.position, At):
             self._check_order(at)
-            known = [self._ledger.row(slot.path) for slot in at.slots]
-            if None in known:
-                self._check_intents(at)
-                known = [row or self._decide(slot, now) for slot, row in zip(at.slots, known, strict=True)]
-            rows = [row for row in known if row is not None and row.outcome != "unknown"]
-            if len(rows) < len(known):
+            rows = self._rows(at, now)
+            if len(rows) < len(at.slots):
                 return
             self._consumed += len(rows)
             self._answer(at, rows)
         self._check_end()
 
+    def _rows(self, at: At, now: datetime) -> list[TaskRow]:
+        """The rows that an operation has, or gets now, without those that cannot answer it."""
+        rows, by_path, is_new = [], self._ledger.by_path, False
+        for slot in at.slots:
+            row = by_path.get(slot.path)
+            if row is None:
+                if not is_new:
+                    is_new = True
+                    self._check_intents(at)
+                row = self._decide(slot, now)
+            if row is not None and row.outcome != "unknown":
+                rows.append(row)
+        return rows
+
     def _answer(self, at: At, rows: list[TaskRow]) -> None:
-        moment = rows[0].completed_at if len(rows) == 1 else max(row.completed_at for row in rows)
+        if len(rows) == 1 and rows[0].outcome == "completed" and not isinstance(at.operation, DoParallel):
+            self.body.answer(self._value(at.slots[0], rows[0]), rows[0].completed_at)
+            return
+        moment = max(row.completed_at for row in rows)
         for row in rows:
             if row.outcome == "rejected":
                 self.body.reject(row.error or "", moment)
@@ -152,11 +165,14 @@ class Forward:
             index += 1
 
     def _check_intents(self, at: At) -> None:
-        if not self._ledger.intents:
+        intents, by_path = self._ledger.intents, self._ledger.by_path
+        if not intents:
             return
         slots = {slot.path: slot for slot in at.slots}
-        for intent in self._ledger.open_intents():
-            slot = slots.get(intent.path)
+        for path, intent in intents.items():
+            if path in by_path:
+                continue
+            slot = slots.get(path)
             if slot is None:
                 asked = min(slots)
                 raise Diverged(
@@ -221,11 +237,15 @@ class Forward:
     def row_of(self, slot: Slot, ended: Ended) -> TaskRow:
         """The row of a call that has ended."""
         intent = self._ledger.intents.get(slot.path)
-        return _row(
-            slot,
-            at=ended.at,
+        return TaskRow(
+            seq=0,
+            path=slot.path,
+            name=slot.name,
+            kind=slot.kind,
+            digest=slot.digest or None,
+            completed_at=ended.at,
             outcome=ended.outcome,
-            input=intent.input if intent else slot.encode() if slot.kind != "lock" else None,
+            input=intent.input if intent else slot.text if slot.kind != "lock" else None,
             output=ended.output,
             error=ended.error,
             attempts=max(1, intent.attempts + (ended.outcome != "unknown")) if intent else 1,
@@ -235,9 +255,15 @@ class Forward:
 
 
 def _row(slot: Slot, *, at: datetime, **columns: Any) -> TaskRow:
-    columns.setdefault("outcome", "completed")
     return TaskRow(
-        seq=0, path=slot.path, name=slot.name, kind=slot.kind, digest=slot.digest or None, completed_at=at, **columns
+        seq=0,
+        path=slot.path,
+        name=slot.name,
+        kind=slot.kind,
+        digest=slot.digest or None,
+        completed_at=at,
+        outcome="completed",
+        **columns,
     )
 
 

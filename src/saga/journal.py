@@ -47,7 +47,7 @@ _STRICT, _HELD, _PIVOT = 1, 2, 4
 _REST: Final = ("ending", "error", "paused_reason", "waits_for")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Written:
     """The answer to one checkpoint of a group."""
 
@@ -210,7 +210,7 @@ def _text(moment: datetime | None) -> str | None:
 # ------------------------------------------------------------------------------------------------ starting
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Start:
     """An instance to be started."""
 

@@ -117,20 +117,22 @@ class Ledger:
 
     def written(self, checkpoint: Checkpoint, *, with_next: bool) -> None:
         """A checkpoint was applied, in whole or without what comes next."""
+        done = 0
         for row in checkpoint.rows:
             if with_next or not row.is_next:
+                done += 1
                 self.rows.append(row)
                 self.by_absence.discard(row.path)
                 self.ended.pop(row.path, None)
                 self._next_seq = row.seq + 1
-        done = len(checkpoint.rows) if with_next else sum(not row.is_next for row in checkpoint.rows)
         del self.pending[:done]
         # What an attempt has ended with since it was composed is not in it: that stays known.
         kept = {intent.path: self.intents.get(intent.path, intent) for intent in checkpoint.open}
         self.intents.clear()
         self.intents.update(kept)
         if with_next:
-            self.intents.update({intent.path: intent for intent in checkpoint.next})
+            for intent in checkpoint.next:
+                self.intents[intent.path] = intent
 
     def read(self, mailbox: Mailbox) -> None:
         """Take in what a look at the mail showed."""

@@ -13,7 +13,8 @@ itself is passed on: it is the worker that stops, and the intent in the journal 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from types import coroutine
 from typing import Any, TypeVar, cast
 
 from saga.context import NotDone, StepContext, Unknown
@@ -66,8 +67,8 @@ async def _do(work: Work, target: Target, context: object) -> Fact:
         if work.kind == "transactional":
             result = await _called(cast("Any", target).function(context, *args, **kwargs))
         else:
-            async with asyncio.timeout(work.timeout_seconds):
-                result = await _called(cast("Any", target).function(context, *args, **kwargs))
+            call = _called(cast("Any", target).function(context, *args, **kwargs))
+            result = await _within(work.timeout_seconds, call)
     except Rejected as rejection:
         return Refused(path=work.path, reason=rejection.reason)
     return _completed(work, target, result)
@@ -89,8 +90,7 @@ async def _undo(work: Work, target: Target, context: object) -> Fact:
     if work.kind == "undo_transactional":
         await _called(target.undo.function(context, done, *args, **kwargs))
     else:
-        async with asyncio.timeout(work.timeout_seconds):
-            await _called(target.undo.function(context, done, *args, **kwargs))
+        await _within(work.timeout_seconds, _called(target.undo.function(context, done, *args, **kwargs)))
     return Completed(path=work.path)
 
 
@@ -113,8 +113,36 @@ async def _found(work: Work, target: Target, context: object) -> Any:
 async def _ask(work: Work, target: Target, context: object) -> Any:
     assert target.ask is not None, f"{target.name} has no probe"
     args, kwargs = target.arguments.unbind(work.values)
-    async with asyncio.timeout(target.timeout_seconds):
-        return await _called(target.ask(context, *args, **kwargs))
+    return await _within(target.timeout_seconds, _called(target.ask(context, *args, **kwargs)))
+
+
+async def _within(seconds: float, call: Coroutine[Any, Any, Any]) -> Any:
+    """What a call returns within a time; one that waits for nothing needs no timer, which would cost more than it."""
+    until = asyncio.get_running_loop().time() + seconds
+    try:
+        waits_for = call.send(None)
+    except StopIteration as end:
+        return end.value
+    async with asyncio.timeout_at(until):
+        return await _rest(call, waits_for)
+
+
+@coroutine
+def _rest(call: Coroutine[Any, Any, Any], waits_for: object) -> Generator[object, Any, Any]:
+    """Go on with a coroutine that has begun already, and waits for something."""
+    try:
+        while True:
+            try:
+                sent = yield waits_for
+            except GeneratorExit:
+                call.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 - a cancellation, too, is the coroutine's to answer
+                waits_for = call.throw(error)
+            else:
+                waits_for = call.send(sent)
+    except StopIteration as end:
+        return end.value
 
 
 async def _called(calling: Awaitable[T]) -> T:

@@ -49,9 +49,9 @@ class OneArgument:
         """As `codec.Arguments.decode`."""
         return {"command": self._command.decode(text)}
 
-    def recognise(self, values: dict[str, Any]) -> tuple[str | None, bytes]:
+    def recognise(self, values: dict[str, Any]) -> tuple[str, bytes]:
         """As `codec.Arguments.recognise`."""
-        return None, self._command.digest(values["command"])
+        return self._command.recognise(values["command"])
 
 
 class Remote(Target, Generic[C, R]):

@@ -2,7 +2,8 @@
 
 Each waiter is looked for after a short pause, and then more and more rarely, so a thousand waiters cost a few
 statements a second and the first look is quick. What a worker of the same process brings to its end, on the same pool,
-needs no statement: the end that was just committed is handed over.
+needs no statement: the end that was just committed is handed over. What it was given with its start is looked for only
+rarely.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Final
 from uuid import UUID
 
 from outbox import clock, postgres, retry
@@ -42,17 +43,15 @@ class _Waiter:
         self.key: Final = key
         self.pause_seconds = limits.RESULT_POLL_MIN_SECONDS
         self.seen: Standing | None = None
-        self.looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done after the first look."""
+        self.is_late = False
+        """Whether its time is up: the next look is the last one."""
         self.answer: asyncio.Future[Standing | None] = asyncio.get_running_loop().create_future()
-        """Its end; None: there is no such instance."""
+        """Its end, or where it stands when the time is up; None: there is no such instance."""
 
     def tell(self, standing: Standing | None) -> None:
         """What a look showed."""
         self.seen = standing
-        if not self.looked.done():
-            self.looked.set_result(None)
-        if (standing is None or standing.state in ENDED) and not self.answer.done():
+        if (standing is None or standing.state in ENDED or self.is_late) and not self.answer.done():
             self.answer.set_result(standing)
 
     def fail(self, error: Exception) -> None:
@@ -73,22 +72,22 @@ class Results:
         self._sooner = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def wait(self, name: str, key: str, instance_id: UUID | None, timeout_seconds: float) -> Standing | None:
+    async def wait(
+        self, name: str, key: str, instance_id: UUID | None, timeout_seconds: float, *, is_here: bool
+    ) -> Standing | None:
         """See `wait_for_end`."""
         waiter = _Waiter(name, key)
+        if is_here:
+            waiter.pause_seconds = limits.RESULT_POLL_MAX_SECONDS
         self._know(waiter, instance_id)
         self._plan(waiter, 0.0 if instance_id is None else waiter.pause_seconds)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._look_around(), name="results of sagas")
+        timer = asyncio.get_running_loop().call_later(timeout_seconds, self._time_is_up, waiter)
         try:
-            await asyncio.wait({waiter.answer}, timeout=timeout_seconds)
-            if not waiter.answer.done():
-                self._plan(waiter, 0.0)
-                both: list[asyncio.Future[object]] = [cast("Any", waiter.answer), cast("Any", waiter.looked)]
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            return waiter.answer.result() if waiter.answer.done() else waiter.seen
+            return await waiter.answer
         finally:
-            waiter.answer.cancel()
+            timer.cancel()
             found = waiter.seen.id if waiter.seen is not None else instance_id
             if found is not None and (waiters := self._known.get(found)) is not None:
                 waiters.discard(waiter)
@@ -102,6 +101,10 @@ class Results:
                 waiter.tell(standing)
             else:
                 self._plan(waiter, 0.0)
+
+    def _time_is_up(self, waiter: _Waiter) -> None:
+        waiter.is_late = True
+        self._plan(waiter, 0.0)
 
     def _know(self, waiter: _Waiter, instance_id: UUID | None) -> None:
         if instance_id is not None:
@@ -132,11 +135,16 @@ class Results:
                         waiter.fail(error)
                     continue
                 log.warning("looking for results: %r; trying again", error)
-            for waiter in group:
-                if not waiter.answer.done():
-                    waiter.pause_seconds = min(waiter.pause_seconds * 1.5, limits.RESULT_POLL_MAX_SECONDS)
-                    self._plan(waiter, waiter.pause_seconds)
+            self._plan_again(group)
         _RESULTS.pop(self._pool, None)
+
+    def _plan_again(self, group: Sequence[_Waiter]) -> None:
+        for waiter in group:
+            if waiter.is_late and waiter.seen is not None:  # its last look has failed
+                waiter.tell(waiter.seen)
+            elif not waiter.answer.done():
+                waiter.pause_seconds = min(waiter.pause_seconds * 1.5, limits.RESULT_POLL_MAX_SECONDS)
+                self._plan(waiter, waiter.pause_seconds)
 
     def _next_group(self) -> list[_Waiter]:
         """All whose time has come, or comes within the shortest pause: they share a look."""
@@ -181,7 +189,7 @@ _RESULTS: Final[dict[Pool, Results]] = {}
 
 
 async def wait_for_end(
-    pool: Pool, name: str, key: str, instance_id: UUID | None, timeout_seconds: float
+    pool: Pool, name: str, key: str, instance_id: UUID | None, timeout_seconds: float, *, is_here: bool = False
 ) -> Standing | None:
     """Where an instance stands once it has ended, or after the timeout; None where there is none.
 
@@ -191,9 +199,10 @@ async def wait_for_end(
         key: of the instance.
         instance_id: where it is known.
         timeout_seconds: there is at least one look, whatever it is.
+        is_here: whether a worker of this process has it, and will tell; looks are for the case that it loses it.
     """
     results = _RESULTS.setdefault(pool, Results(pool))
-    return await results.wait(name, key, instance_id, timeout_seconds)
+    return await results.wait(name, key, instance_id, timeout_seconds, is_here=is_here)
 
 
 def told_end(pool: Pool, instance_id: UUID, standing: Standing | None) -> None:

@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, cast, overload
+from types import coroutine
+from typing import TYPE_CHECKING, Any, Final, cast, overload
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -41,26 +42,26 @@ class Signal(BaseModel):
     """A message to a running saga; subclass it once for each kind: `class Approval(Signal): approved: bool`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Operation:
     """What a body waits for; yielded by `Run`, answered by the engine."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoStep(Operation):
     """One step."""
 
     call: Call[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoParallel(Operation):
     """Several steps at once; their results as a tuple."""
 
     calls: tuple[Call[Any], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoReceive(Operation):
     """A signal, or None once the time is over."""
 
@@ -68,21 +69,21 @@ class DoReceive(Operation):
     timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoSleep(Operation):
     """Time."""
 
     duration_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoLock(Operation):
     """A semantic lock, held until the saga ends."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoChild(Operation):
     """Another saga, and its result."""
 
@@ -90,21 +91,15 @@ class DoChild(Operation):
     request: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DoPivot(Operation):
     """The point after which nothing is undone any more."""
 
 
-class _Answer(Generic[R]):
-    """Awaiting it yields an operation to the driver of the body; what that sends back is an R."""
-
-    __slots__ = ("_operation",)
-
-    def __init__(self, operation: Operation) -> None:
-        self._operation = operation
-
-    def __await__(self) -> Generator[Operation, Any, R]:
-        return cast("R", (yield self._operation))
+@coroutine
+def _ask(operation: Operation) -> Generator[Operation, Any, Any]:
+    """Yield an operation to the driver of the body; what that sends back is the answer."""
+    return (yield operation)
 
 
 class Run:
@@ -133,7 +128,8 @@ class Run:
             Rejected: the step rejected, on every attempt: nothing happened. It may be caught.
         """
         self._check(call)
-        return await _Answer[R](DoStep(call))
+        answer: R = await _ask(DoStep(call))
+        return answer
 
     @overload
     async def parallel(self, a: Call[T1], b: Call[T2], /) -> tuple[T1, T2]: ...
@@ -155,7 +151,7 @@ class Run:
             raise BodyError(f"parallel: {len(calls)} calls; pass at most {limits.PARALLEL_MAX_BRANCHES} at a time")
         if not calls:
             return ()
-        return await _Answer[tuple[Any, ...]](DoParallel(calls))
+        return cast("tuple[Any, ...]", await _ask(DoParallel(calls)))
 
     async def receive(self, signal: type[S], *, timeout: Duration) -> S | None:
         """The next signal of this class that was sent to the saga, before or from now on; None after the time."""
@@ -163,12 +159,12 @@ class Run:
         if not (isinstance(given, type) and issubclass(given, Signal)) or given is Signal:
             raise BodyError(f"receive: {signal!r} is no Signal; pass a subclass of Signal")
         self._require_driven("receive")
-        return await _Answer[S | None](DoReceive(signal, _time("receive", timeout)))
+        return cast("S | None", await _ask(DoReceive(signal, _time("receive", timeout))))
 
     async def sleep(self, duration: Duration) -> None:
         """Let time pass, however long; no worker is kept busy by it."""
         self._require_driven("sleep")
-        return await _Answer[None](DoSleep(_time("sleep", duration)))
+        await _ask(DoSleep(_time("sleep", duration)))
 
     async def lock(self, key: str) -> None:
         """Wait for a lock that sagas share by its key, and hold it until this saga ends, compensations included."""
@@ -176,7 +172,7 @@ class Run:
         if not isinstance(given, str) or not 1 <= len(key.encode()) <= limits.KEY_MAX_BYTES:
             raise BodyError(f"lock: {key!r} is no key; pass a text of 1 to {limits.KEY_MAX_BYTES} bytes")
         self._require_driven("lock")
-        return await _Answer[None](DoLock(key))
+        await _ask(DoLock(key))
 
     async def child(self, saga: "Saga[A, R]", request: A) -> R:
         """Start another saga, and return its result.
@@ -185,12 +181,12 @@ class Run:
             Rejected: the child failed or was cancelled, and what it had done was undone. It may be caught.
         """
         self._require_driven("child")
-        return await _Answer[R](DoChild(saga, request))
+        return cast("R", await _ask(DoChild(saga, request)))
 
     async def pivot(self) -> None:
         """Go forward only from here: nothing that happened before is undone any more, not even on a cancel."""
         self._require_driven("pivot")
-        return await _Answer[None](DoPivot())
+        await _ask(DoPivot())
 
     def now(self) -> datetime:
         """The time of the last thing that the journal knows: the same again when the body is run again."""

@@ -15,7 +15,8 @@ compensation again.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -62,12 +63,12 @@ def now() -> datetime:
     return datetime.fromtimestamp(clock.wall(), UTC)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Aborted(Fact):
     """The work was never begun, because the worker is leaving; the decider is not told."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Broken(Fact):
     """Not the user's code but ours raised."""
 
@@ -109,12 +110,13 @@ class Runner:
         self._execution = execution
         self._is_begun = False
         self._flights: dict[str, asyncio.Task[None]] = {}
-        self._landed: asyncio.Queue[Fact | Prepared] = asyncio.Queue()
+        self._landed: deque[Fact | Prepared] = deque()
+        self._has_landed = asyncio.Event()
         self._inline: Work | None = None
         """The only work under way, performed where the instance is driven: it needs no task of its own."""
         self._conflicts: dict[str, int] = {}
         """How often the transaction of a path was rolled back by PostgreSQL."""
-        self._pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
+        self._pauses: Iterator[float] | None = None
 
     @classmethod
     def of_start(cls, around: Surroundings, heartbeat: Heartbeat, new: Start) -> "Runner":
@@ -173,7 +175,7 @@ class Runner:
                 decision = await self._write(decision.checkpoint)
             elif decision.look:
                 decision = await self._look()
-            elif self._inline is not None or self._flights or not self._landed.empty():
+            elif self._inline is not None or self._flights or self._landed:
                 decision = await self._next()
             else:
                 return  # leaving: nothing is under way, and nothing was begun
@@ -216,15 +218,15 @@ class Runner:
         if "tell_parent" in decision.chores:
             await self._patiently(lambda: journal.SQL.tell_parent.execute(pool, self._id))
         late = list(decision.late)
-        while late or self._flights or not self._landed.empty():
+        while late or self._flights or self._landed:
             for result in late:
                 await self._patiently(partial(journal.record_late, pool, self._id, epoch, result))
                 log.warning("%s %s was lost to another worker; %s ended late", self._name, self._id, result.path)
-            landed = await self._land_late() if self._flights or not self._landed.empty() else None
+            landed = await self._land_late() if self._flights or self._landed else None
             late = [landed] if landed is not None else []
 
     async def _land_late(self) -> Late | None:
-        landed = await self._landed.get()
+        landed = await self._next_landed()
         if isinstance(landed, Prepared):
             landed.roll_back()
             self._flights.pop(landed.fact.path, None)
@@ -250,7 +252,7 @@ class Runner:
         """Begin the work of a decision, unless the worker is leaving."""
         if self._leaving:
             return
-        is_free = not (decision.checkpoint or decision.look or self._flights) and self._landed.empty()
+        is_free = not (decision.checkpoint or decision.look or self._flights or self._landed)
         if is_free and len(decision.start) == 1 and decision.start[0].kind in _CALLS:
             self._inline = decision.start[0]
             return
@@ -264,8 +266,18 @@ class Runner:
             fact = await self._perform(work)
             assert fact is not None, "a call ends with a fact"
             return self._tell(fact)
-        landed = await self._landed.get()
+        landed = await self._next_landed()
         return await self._finish(landed) if isinstance(landed, Prepared) else self._tell(landed)
+
+    def _land(self, landed: Fact | Prepared) -> None:
+        self._landed.append(landed)
+        self._has_landed.set()
+
+    async def _next_landed(self) -> Fact | Prepared:
+        while not self._landed:
+            self._has_landed.clear()
+            await self._has_landed.wait()
+        return self._landed.popleft()
 
     def _tell(self, fact: Fact) -> Decision:
         self._flights.pop(fact.path, None)
@@ -275,15 +287,16 @@ class Runner:
 
     def _take_landed(self) -> None:
         """Tell what has ended while a checkpoint or a look was under way: it joins the next checkpoint."""
+        if not self._landed:
+            return
         kept: list[Prepared] = []
-        while not self._landed.empty():
-            landed = self._landed.get_nowait()
+        while self._landed:
+            landed = self._landed.popleft()
             if isinstance(landed, Prepared):
                 kept.append(landed)  # its checkpoint is one of its own
             else:
                 self._tell(landed)
-        for prepared in kept:
-            self._landed.put_nowait(prepared)
+        self._landed.extend(kept)
 
     async def _fly(self, work: Work) -> None:
         fact: Fact | None
@@ -292,7 +305,7 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - raised again where the instance is driven
             fact = _Broken(path=work.path, error=error)
         if fact is not None:
-            self._landed.put_nowait(fact)
+            self._land(fact)
 
     async def _perform(self, work: Work) -> Fact | None:
         if work.not_before is not None:
@@ -308,10 +321,12 @@ class Runner:
     async def _begin(self, work: Work) -> Fact | None:
         pool, path = self._around.pool, work.path
         if work.kind in _CALLS:
-            await crash_sites.visit(CALL, "before")
+            if crash_sites.hook is not None:
+                await crash_sites.visit(CALL, "before")
             self._heartbeat.check()
             fact = await perform(work, context_of(work, self._around.deps))
-            await crash_sites.visit(CALL, "after")
+            if crash_sites.hook is not None:
+                await crash_sites.visit(CALL, "after")
             return fact
         self._heartbeat.check()
         if work.kind == "lock":
@@ -324,7 +339,7 @@ class Runner:
             answer = await self._patiently(lambda: journal.SQL.undo_child.fetchval(pool, work.child_id))
             return Completed(path=path) if answer == "undone" else Asked(path=path)
         async with self._around.transactions:
-            return await transactional.perform_in_transaction(pool, work, self._landed.put_nowait)
+            return await transactional.perform_in_transaction(pool, work, self._land)
 
     async def _finish(self, prepared: Prepared) -> Decision:
         """Write the checkpoint of a transactional step on its own connection, and commit both."""
@@ -355,6 +370,7 @@ class Runner:
         may_succeed = conflict.may_succeed and count < limits.TRANSACTIONAL_ATTEMPTS
         if may_succeed:
             log.info("%s %s: %s is tried again: %s", self._name, self._id, path, conflict)
+            self._pauses = self._pauses or retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
             await retry.pause(next(self._pauses), self._around.stopping)
         decision = self._execution.withdraw(path, now())
         if may_succeed or path not in {work.path for work in decision.start}:

@@ -16,7 +16,7 @@ from saga.errors import BodyError, Rejected
 from saga.state import Claimed, Intent, Mailbox, OutboxRow
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class First:
     """What a start writes besides the instance itself."""
 

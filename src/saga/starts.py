@@ -14,7 +14,7 @@ in the same statement, it runs at once, and nobody has to claim it. Only here: a
 import asyncio
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -40,12 +40,14 @@ class Taker(Protocol):
         """Run one that was leased to it."""
 
 
+BEGUN: Final = "begun"
+"""The answer to a start that a worker of this process got at once."""
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     start: Start
-    answer: "asyncio.Future[tuple[UUID, str]]" = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    answer: "asyncio.Future[tuple[UUID, str]]"
 
     @property
     def name_and_key(self) -> tuple[str, str]:
@@ -76,14 +78,14 @@ class Starts:
         if not self._is_busy and not self._takers:
             _STARTS.pop(self._pool, None)
 
-    async def submit(self, new: Start) -> tuple[UUID, str]:
-        """Start an instance; the id under its key, and what became of it, as `journal.start` says it."""
-        entry = _Entry(new)
-        self._queue.append(entry)
+    def submit(self, new: Start) -> "asyncio.Future[tuple[UUID, str]]":
+        """Start an instance; the id under its key, and what became of it, as `journal.start` says it, or `BEGUN`."""
+        answer: asyncio.Future[tuple[UUID, str]] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Entry(new, answer))
         if not self._is_busy:
             self._is_busy = True
             self._spawn(self._run())
-        return await entry.answer
+        return answer
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name="starts of sagas")
@@ -134,11 +136,12 @@ class Starts:
             else:
                 _fail(group[0], error)
             return
-        for entry, answer in zip(group, answers, strict=True):
-            if taker is not None and answer[0] == entry.start.id:  # else it was there before
+        for entry, (found, answer) in zip(group, answers, strict=True):
+            is_taken = taker is not None and found == entry.start.id  # else it was there before
+            if taker is not None and is_taken:
                 taker.begin(entry.start)
             if not entry.answer.done():
-                entry.answer.set_result(answer)
+                entry.answer.set_result((found, BEGUN if is_taken else answer))
 
     async def _start_alone(self, entry: _Entry) -> None:
         try:

@@ -3,8 +3,8 @@
 Nothing here does anything. `decider.Execution` turns facts into a `Decision`; `journal` writes its `Checkpoint`; a
 worker performs its `Work` and reports `Fact`s. JSON is text here: it is encoded and decoded by the types of `codec`.
 
-Most classes are not frozen, because that doubles the time it takes to make one, and a step makes ten. Nobody changes a
-value that somebody else has.
+They are not frozen, because that doubles the time it takes to make one, and a step makes ten. Nobody changes a value
+that somebody else has.
 """
 
 import json
@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final, Literal, TypeAlias
-from uuid import UUID, uuid5
+from uuid import UUID
 
+from outbox.codec import uuid5
 from saga.step import Target
 
 Kind: TypeAlias = Literal["step", "transactional", "remote", "child", "receive", "sleep", "lock", "pivot"]
@@ -229,14 +230,14 @@ class Claimed:
 # ------------------------------------------------------------------------------------------------ facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Fact:
     """What became of one piece of work; `path` says which."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Completed(Fact):
     """It happened, and this is the result; of a compensation: it is undone."""
 
@@ -245,38 +246,38 @@ class Completed(Fact):
     """What a transactional step emitted: it rides in the checkpoint."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Refused(Fact):
     """This attempt did nothing, and says so."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Uncertain(Fact):
     """This attempt ended without an answer: a timeout, a lost connection, any exception."""
 
     error: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Unwritable(Fact):
     """It happened, and its result cannot be journalled: a bug of the step."""
 
     problem: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class NotHappened(Fact):
     """A probe says so."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Granted(Fact):
     """The lock is ours."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Asked(Fact):
     """It is under way elsewhere, and mail will tell: a lock in use, a child that undoes itself."""
 

@@ -21,7 +21,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from outbox import postgres, retry
@@ -41,7 +41,7 @@ class ValueRefusedError(Exception):
 class _Entry:
     checkpoint: Checkpoint
     size_bytes: int
-    answer: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    answer: "asyncio.Future[Answer]"
 
     def give(self, answer: Answer) -> None:
         if not self.answer.done():
@@ -67,16 +67,16 @@ class Writer:
         self.checkpoints = 0
         """What they wrote."""
 
-    async def submit(self, checkpoint: Checkpoint) -> Answer:
+    def submit(self, checkpoint: Checkpoint) -> "asyncio.Future[Answer]":
         """Write a checkpoint, sooner or later; at most one of an instance at a time.
 
-        Raises:
-            ValueRefusedError: a value of it cannot be written; nothing was.
+        Returns:
+            Its answer, or a `ValueRefusedError`: a value of it cannot be written, and nothing was.
         """
-        entry = _Entry(checkpoint, _size(checkpoint))
-        self._queue.append(entry)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Entry(checkpoint, _size(checkpoint), answer))
         self._arrived.set()
-        return await entry.answer
+        return answer
 
     async def run(self) -> None:
         """Write what is submitted, for ever; when cancelled, what has no answer gets none."""
@@ -195,8 +195,13 @@ def is_refusal(error: BaseException) -> bool:
 
 def _size(checkpoint: Checkpoint) -> int:
     """About how many bytes go over the wire."""
-    values = [len(row.input or "") + len(row.output or "") for row in checkpoint.rows]
-    values += [len(row.payload) for row in checkpoint.outbox]
-    values += [len(intent.input) for intent in (*checkpoint.open, *checkpoint.next)]
-    values += [len(child.request) for child in checkpoint.children]
-    return sum(values) + len(checkpoint.output or "") + 200
+    size_bytes = 200 + len(checkpoint.output or "")
+    for row in checkpoint.rows:
+        size_bytes += len(row.input or "") + len(row.output or "")
+    for message in checkpoint.outbox:
+        size_bytes += len(message.payload)
+    for intent in (*checkpoint.open, *checkpoint.next):
+        size_bytes += len(intent.input)
+    for child in checkpoint.children:
+        size_bytes += len(child.request)
+    return size_bytes

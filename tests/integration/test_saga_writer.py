@@ -53,8 +53,8 @@ async def test_a_locked_instance_holds_up_nobody_and_is_written_when_it_is_free(
         cancel = somebody.transaction()
         await cancel.start()
         await somebody.execute("select saga.cancel('shop', 'a', 'why')")
-        locked = asyncio.create_task(made.submit(checkpoint(first.claimed, rows=(task(1),))))
-        free = asyncio.create_task(made.submit(checkpoint(second.claimed, rows=(task(1),))))
+        locked = made.submit(checkpoint(first.claimed, rows=(task(1),)))
+        free = made.submit(checkpoint(second.claimed, rows=(task(1),)))
         done, _ = await asyncio.wait([free], timeout=10 if rule == "kept" else 1)
         assert bool(done) == (rule == "kept")
         assert not locked.done()
@@ -74,7 +74,7 @@ async def test_locked_instances_are_tried_again_after_lock_timeout(
     async with writing(saga_pool) as made, saga_pool.acquire() as somebody:
         async with somebody.transaction():
             await somebody.execute("select from saga.workflow_instances for update")
-            locked = asyncio.create_task(made.submit(checkpoint(first.claimed, rows=(task(1),))))
+            locked = made.submit(checkpoint(first.claimed, rows=(task(1),)))
             await asyncio.wait_for(timeouts.wait(), 20)
         assert (await locked).kind == "applied"
 

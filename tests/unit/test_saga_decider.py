@@ -2,14 +2,14 @@
 
 from datetime import timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import BaseModel
 
 from saga import NotDone, Rejected, Retry, Run, Signal, StepContext, Unknown, remote, saga, step
 from saga.decider import Execution
-from saga.state import Answer, Claimed, Completed, Late, Mailbox, step_key
+from saga.state import Answer, Claimed, Completed, Intent, Late, Mailbox, step_key
 from saga.testing.faults import Turn
 from tests.support.saga_lab import EPOCH, Scene, rejected, uncertain
 
@@ -242,6 +242,75 @@ async def test_a_start_that_drove_the_body_saves_a_checkpoint() -> None:
     row = await scene.run()
     assert (row.state, row.no) == ("completed", 3)
     assert row.tasks[0].attempts == 1
+
+
+# ------------------------------------------------------------------------------------------------ what was asked for
+
+
+def held(one: Any, *intents: Intent) -> Execution:
+    """An instance that a worker has just got, before anything of it."""
+    claimed = Claimed(
+        id=UUID(int=1),
+        epoch=1,
+        checkpoint_no=0,
+        fresh=True,
+        state="running",
+        started_at=EPOCH,
+        deadline_at=EPOCH + timedelta(hours=1),
+        request=one.request.encode(Order()),
+        intents=intents,
+        mailbox=Mailbox(wakeups=0),
+    )
+    return Execution(one, claimed)
+
+
+@saga("forked", deadline=timedelta(hours=1))
+async def forked(run: Run, order: Order) -> str:
+    paid, found = await run.parallel(charge(order), look_up(order))
+    return f"{paid} {found}"
+
+
+def test_what_was_asked_for_starts_once_its_intents_are_written() -> None:
+    execution = held(forked)
+    asked_for = execution.begin(EPOCH)
+    assert asked_for.start == (), "nothing happens before its intent is written"
+    assert asked_for.checkpoint is not None
+    begun = execution.answered(Answer(kind="applied"), EPOCH)
+    assert [work.path for work in begun.start] == ["parallel#1[0]/charge#1", "parallel#1[1]/look_up#1"]
+
+
+def test_past_the_deadline_what_was_asked_for_is_not_begun() -> None:
+    """Red where `_applied` starts what follows without a look at the deadline."""
+    execution = held(two)
+    execution.begin(EPOCH)
+    decision = execution.answered(Answer(kind="applied"), EPOCH + timedelta(hours=2))
+    assert decision.start == ()
+    assert decision.checkpoint is not None
+    assert decision.checkpoint.ending == "failed"
+
+
+@saga("grown", deadline=timedelta(hours=1))
+async def grown(run: Run, order: Order) -> str:
+    done, found = await run.parallel(once(order), look_up(order))
+    return f"{done} {found}"
+
+
+def test_what_was_heard_while_intents_were_written_is_decided_upon_first() -> None:
+    """A branch that was added to the code is being written down while the one that was there before becomes unknown.
+
+    Red where `_applied` starts what follows although something was heard (`_has_heard`).
+    """
+    text, digest = once.arguments.recognise({"order": Order()})
+    there = Intent(path="parallel#1[0]/once#1", name="once", kind="step", digest=digest, input=text, flying=False)
+    execution = held(grown, there)
+    asked_for = execution.begin(EPOCH)
+    assert [work.path for work in asked_for.start] == [there.path]
+    assert asked_for.checkpoint is not None
+    execution.fact(uncertain(there.path), EPOCH)
+    decision = execution.answered(Answer(kind="applied"), EPOCH)
+    assert decision.start == ()
+    assert decision.checkpoint is not None
+    assert decision.checkpoint.ending == "failed"
 
 
 # ------------------------------------------------------------------------------------------------ bodies

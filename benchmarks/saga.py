@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks import command, saga_floor, saga_takeover, sagas
+from benchmarks import command, saga_floor, saga_size, saga_takeover, sagas
 from benchmarks.peer_workflows import ABSURD, DBOS, EDDA
 from benchmarks.real_kafka import UnavailableError
 from benchmarks.report import Report
@@ -41,6 +41,7 @@ class Part(StrEnum):
     ABSURD = "absurd"
     EDDA = "edda"
     TAKEOVER = "takeover"
+    SIZE = "size"
 
 
 _PEERS: Final = {Part.DBOS: DBOS, Part.ABSURD: ABSURD, Part.EDDA: EDDA}
@@ -51,6 +52,7 @@ _PARTS: Final[dict[Part, Callable[[Ground, Plan, Report], Awaitable[None]]]] = {
     Part.LONG: sagas.long,
     Part.COMPENSATING: sagas.compensating,
     Part.TAKEOVER: saga_takeover.takeover,
+    Part.SIZE: saga_size.size,
 }
 
 
@@ -63,6 +65,8 @@ async def measure(parts: list[Part], plan: Plan, report: Report, console: Consol
         databases = Databases(url) if url else stack.enter_context(Postgres())
         for number in range(plan.repeat):
             for part in parts:
+                if part is Part.SIZE and number > 0:
+                    continue  # it repeats its measurements itself, beside what it has filled in once
                 console.print(f"{part} ({number + 1} of {plan.repeat}) ...", highlight=False)
                 async with fresh(databases) as ground:
                     await _PARTS[part](ground, plan, report)

@@ -8,9 +8,10 @@ from typing import Final, NamedTuple
 from uuid import uuid4
 
 import asyncpg
+import psutil
 
 from outbox import Pool
-from outbox.embedded import Databases
+from outbox.embedded import Databases, Postgres
 from outbox.upkeep import migrate
 
 _CONNECTIONS: Final = 16
@@ -25,6 +26,8 @@ class Plan:
     long: int = 3_000
     in_flight: int = 10_000
     peer_workflows: int = 400
+    ended_few: int = 10_000
+    ended_many: int = 1_000_000
     repeat: int = 3
     concurrent: tuple[int, ...] = (20, 200, 1_000)
 
@@ -34,7 +37,17 @@ class Plan:
 
     def quick(self) -> "Plan":
         """Everything at a size that takes seconds."""
-        return replace(self, sagas=400, serial=20, long=200, in_flight=200, peer_workflows=20, repeat=1)
+        return replace(
+            self,
+            sagas=400,
+            serial=20,
+            long=200,
+            in_flight=200,
+            peer_workflows=20,
+            ended_few=1_000,
+            ended_many=4_000,
+            repeat=1,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +57,21 @@ class Ground:
     databases: Databases
     url: str
     pool: Pool
+
+    def server_cpu_seconds(self) -> float | None:
+        """User and system time of the server's processes that live now; None for a server of somebody else's."""
+        if not isinstance(self.databases, Postgres):
+            return None
+        server = psutil.Process(self.databases.pid)
+        return sum(_cpu_seconds(process) for process in (server, *server.children(recursive=True)))
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
+from uuid import uuid4
 
 from pydantic import BaseModel
 
@@ -76,6 +77,9 @@ async def happy(ground: Ground, plan: Plan, report: Report) -> None:
             report.add(f"step_p50_ms{suffix}", percentile(found.gaps, 0.5) * 1_000, "ms", len(found.gaps))
             report.add(f"step_p99_ms{suffix}", percentile(found.gaps, 0.99) * 1_000, "ms", len(found.gaps))
             report.add(f"cpu_ms_per_saga_c{concurrent}", found.cpu_seconds / count * 1_000, "ms", count)
+            if found.server_cpu_seconds is not None:
+                server_cpu = found.server_cpu_seconds / count * 1_000
+                report.add(f"server_cpu_ms_per_saga_c{concurrent}", server_cpu, "ms", count)
 
 
 async def long(ground: Ground, plan: Plan, report: Report) -> None:
@@ -112,6 +116,7 @@ class Measured:
     commits: int
     wal_bytes: int
     cpu_seconds: float
+    server_cpu_seconds: float | None
     gaps: list[float]
 
 
@@ -123,25 +128,28 @@ async def run(
     async with Worker(ground.pool, "", one, deps=clock, settings=Settings()):
         await _clients(ground.pool, one, 50 + concurrent, concurrent, rejected=rejected)  # connections, plans, tables
         clock.gaps.clear()
-        before, cpu, began = await counters(ground.pool), time.process_time(), time.perf_counter()
+        before, server_cpu = await counters(ground.pool), ground.server_cpu_seconds()
+        cpu, began = time.process_time(), time.perf_counter()
         await _clients(ground.pool, one, count, concurrent, rejected=rejected)
-        took, cpu, after = time.perf_counter() - began, time.process_time() - cpu, await counters(ground.pool)
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
+        after, server_cpu_after = await counters(ground.pool), ground.server_cpu_seconds()
     return Measured(
         count=count,
         per_second=count / took,
         commits=after.commits - before.commits,
         wal_bytes=after.wal_bytes - before.wal_bytes,
         cpu_seconds=cpu,
+        server_cpu_seconds=server_cpu_after - server_cpu if server_cpu_after and server_cpu else None,
         gaps=clock.gaps or [0.0],
     )
 
 
 async def _clients(pool: Pool, one: Saga[Order, str], count: int, concurrent: int, *, rejected: bool) -> None:
-    numbers, name = iter(range(count)), time.perf_counter_ns()
+    numbers = iter(range(count))
 
     async def client() -> None:
-        for number in numbers:
-            order = Order(order=f"{name}/{number}", rejected=rejected)
+        for _ in numbers:
+            order = Order(order=uuid4().hex, rejected=rejected)
             handle = await one.start(pool, order, key=order.order)
             try:
                 await handle.result(timeout=_RESULT_SECONDS)

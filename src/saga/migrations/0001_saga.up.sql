@@ -506,6 +506,21 @@ begin
 end $$;
 comment on function saga.result is 'How the saga under a key stands, and what it returned';
 
+create function saga.standings(p_names text[], p_keys text[]) returns table (
+    id uuid, state text, output text, error_message text, paused_reason text
+) language plpgsql stable set enable_seqscan = off as $$
+#variable_conflict use_column
+begin
+    -- The limit keeps it from becoming a merge join, which would read the whole index.
+    return query
+    select i.id, i.state::text, i.output::text, i.error_message, i.paused_reason
+      from unnest(p_names, p_keys) with ordinality as x(name, key, nth)
+      left join lateral (select * from saga.workflow_instances f
+                          where f.workflow_name = x.name and f.key = x.key limit 1) i on true
+     order by x.nth;
+end $$;
+comment on function saga.standings is 'saga.result for many, in the order asked for; nulls where there is none';
+
 create function saga.claim(p_owner uuid, p_limit integer, p_workflows uuid[]) returns setof saga.claimed
 language plpgsql volatile set enable_seqscan = off as $$
 declare
@@ -590,6 +605,21 @@ begin
     return coalesce(array_length(due, 1), 0);
 end $$;
 comment on function saga.let_timers_go_off is 'Makes instances ready whose time has come; at most that many a call';
+
+create function saga.next_timer() returns float8 language plpgsql volatile set enable_seqscan = off as $$
+begin
+    return (select extract(epoch from min(i.wake_at) - clock_timestamp())::float8
+              from saga.workflow_instances i where i.wake_at is not null);
+end $$;
+comment on function saga.next_timer is 'Seconds until the next timer goes off; null without any';
+
+create function saga.forget_workers() returns void language plpgsql volatile set enable_seqscan = off as $$
+begin
+    delete from saga.workers w
+     where w.alive_until < clock_timestamp() - interval '1 day'
+       and not exists (select from saga.workflow_instances i where i.lease_owner = w.id);
+end $$;
+comment on function saga.forget_workers is 'Rows of workers that have been dead for a day, once none of the instances is theirs';
 
 -- ---------------------------------------------------------------------------------------------------------------
 -- Waking. The row lock orders each with the instance's checkpoints; nothing is decided by looking at another table.

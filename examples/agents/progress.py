@@ -57,7 +57,8 @@ class Events:
 
     @property
     def left(self) -> str:
-        return f"{self.committed - self.applied:,} events on the way"
+        # What is published twice is applied twice, as far as offsets tell.
+        return f"{max(0, self.committed - self.applied):,} events on the way"
 
 
 class Watch:

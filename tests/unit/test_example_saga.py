@@ -5,9 +5,11 @@ from uuid import UUID
 
 import pytest
 
+from examples.agents import workflow_saga
 from examples.agents.agent_service import AgentNotFoundError, ExecutionCancelledError
 from examples.agents.contracts import Notified, Validated, notify, validate
 from examples.agents.workflow_saga import ExecuteWorkflow, execute_agent, execute_workflow, record
+from saga.check import findings
 from saga.testing import Counterexample, Lab
 
 WORK = ExecuteWorkflow(workflow_id=UUID(int=1), agent_id=UUID(int=2), prompt="think", recipient="somebody")
@@ -41,6 +43,10 @@ def lab_of(deps: AgentService | None = None) -> Lab[ExecuteWorkflow, None]:
     lab.on(record).returns("Ada")
     lab.on(notify).returns(Notified(notification_id=UUID(int=4)))
     return lab
+
+
+def test_nothing_can_be_seen_to_be_wrong_with_it() -> None:
+    assert findings(workflow_saga) == []
 
 
 async def test_whatever_goes_wrong_everything_is_kept_or_undone() -> None:

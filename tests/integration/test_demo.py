@@ -12,7 +12,8 @@ from examples.agents import sabotage
 from examples.agents.saga_verdict import MEANING, Fault
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 110
+TIMEOUT_SECONDS = 230
+pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 10)
 
 
 def demo(*arguments: str) -> tuple[int, str, str]:

@@ -26,5 +26,7 @@ class Notified(BaseModel):
     notification_id: UUID
 
 
+# Short, so that the demo shows soon what late replies do. Minutes are better: until a killed worker's partitions have
+# gone to another one nobody reads replies, and what is not read in time counts as not known.
 validate = remote("validation.validate", Validate, Validated, timeout=8)
 notify = remote("notification.notify", Notify, Notified, timeout=8)

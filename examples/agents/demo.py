@@ -20,7 +20,7 @@ from rich.console import Console
 
 from examples.agents import agent_service, sabotage
 from examples.agents.progress import Events, Watch, display
-from examples.agents.saga_verdict import Sagas
+from examples.agents.saga_verdict import SagaRun
 from examples.agents.stage import OUTBOX, TOPIC, DemoError, Stage, stage
 from examples.agents.traffic import POPULAR
 from examples.agents.verdict import Load, Report, Run, print_report, reach
@@ -210,7 +210,7 @@ class Demo:
 
         await self._set_up.wait_in_hope(self._console, "every event is in the cache", arrived, ARRIVE_TIMEOUT_SECONDS)
 
-    async def _judge(self, load: Load, sagas: Sagas) -> Report:
+    async def _judge(self, load: Load, sagas: SagaRun) -> Report:
         """Compare what was committed with what arrived, and what sagas came to with what they left."""
         await sabotage.spoil(self._set_up, self._options.sabotage)
         done: Counter[str] = Counter()
@@ -220,8 +220,8 @@ class Demo:
             done.update(report["done"])
             rolled_back += [tuple(entry) for entry in report["rolled_back"]]
         seen: dict[str, Any] = json.loads((self._reports / "observer").read_text())
-        run = Run(done=done, rolled_back=rolled_back, load=load, kills=self._kills, sagas=sagas, **seen)
-        return await reach(self._set_up, run, hide_record=sabotage.RECORD in self._options.sabotage)
+        run = Run(done=done, rolled_back=rolled_back, load=load, kills=self._kills, **seen)
+        return await reach(self._set_up, run, sagas, hide_record=sabotage.RECORD in self._options.sabotage)
 
 
 async def main(options: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ class Takeover(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sagas:
+class SagaRun:
     """What the run did with its sagas."""
 
     asked: frozenset[UUID]
@@ -82,7 +82,7 @@ class Sagas:
 class SagaVerdict:
     """How all sagas ended, and every fault."""
 
-    sagas: Sagas
+    run: SagaRun
     ends: Mapping[str, int]
     kept: int
     undone: int
@@ -91,7 +91,7 @@ class SagaVerdict:
     @property
     def exercised(self) -> Mapping[str, int]:
         """What a run has to show to say anything."""
-        return {**self.ends, **self.sagas.happened, "taken over": self.sagas.takeover.sagas}
+        return {**self.ends, **self.run.happened, "taken over": self.run.takeover.sagas}
 
     @property
     def did_not_happen(self) -> list[str]:
@@ -112,7 +112,7 @@ class SagaVerdict:
 
     def as_json(self) -> dict[str, object]:
         return {
-            "asked": len(self.sagas.asked),
+            "asked": len(self.run.asked),
             **self.ends,
             "effects_kept": self.kept,
             "effects_undone": self.undone,
@@ -120,40 +120,40 @@ class SagaVerdict:
             "examples": {fault: found.examples for fault, found in self.findings.items() if found.count},
             "did_not_happen": self.did_not_happen,
             "exercised": self.exercised,
-            "taken_over_seconds": round(self.sagas.takeover.seconds, 2),
+            "taken_over_seconds": round(self.run.takeover.seconds, 2),
         }
 
 
-async def reach(stage: Stage, sagas: Sagas) -> SagaVerdict:
+async def reach(stage: Stage, run: SagaRun) -> SagaVerdict:
     """Read every service's table and judge."""
     outcomes = [(row["workflow_id"], row["state"]) for row in await stage.workflows.pool.fetch(OUTCOMES)]
     effects = {
         table: [Effect(**row) for row in await stage.databases[database].pool.fetch(query)]
         for table, (database, query) in EFFECTS.items()
     }
-    return judge(sagas, outcomes, effects)
+    return judge(run, outcomes, effects)
 
 
-def judge(sagas: Sagas, outcomes: Iterable[tuple[UUID, str]], effects: Mapping[str, Sequence[Effect]]) -> SagaVerdict:
+def judge(run: SagaRun, outcomes: Iterable[tuple[UUID, str]], effects: Mapping[str, Sequence[Effect]]) -> SagaVerdict:
     """Compare each saga's outcome with its effects in each table."""
     states = defaultdict(list)
     for workflow_id, state in outcomes:
         states[workflow_id].append(state)
     ends = {workflow_id: found[0] for workflow_id, found in states.items() if len(found) == 1 and found[0] in ENDS}
     culprits: dict[Fault, list[str]] = {fault: [] for fault in Fault}
-    for workflow_id in sagas.asked | states.keys():
-        if workflow_id not in ends or workflow_id not in sagas.asked:
+    for workflow_id in run.asked | states.keys():
+        if workflow_id not in ends or workflow_id not in run.asked:
             culprits[Fault.SAGA_OPEN].append(f"{workflow_id}: {' and '.join(states[workflow_id]) or 'none'}")
     for table, rows in effects.items():
         found: defaultdict[UUID, list[bool]] = defaultdict(list)
         for workflow_id, kept in rows:
             found[workflow_id].append(kept)
         for workflow_id in found.keys() | ends.keys():
-            for fault in _faults(ends.get(workflow_id), found[workflow_id], is_ours=workflow_id in sagas.asked):
+            for fault in _faults(ends.get(workflow_id), found[workflow_id], is_ours=workflow_id in run.asked):
                 culprits[fault].append(f"{table} of workflow {workflow_id}")
     everything = Counter(effect.kept for rows in effects.values() for effect in rows)
     return SagaVerdict(
-        sagas=sagas,
+        run=run,
         ends={end: Counter(ends.values())[end] for end in ENDS},
         kept=everything[True],
         undone=everything[False],

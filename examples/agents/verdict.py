@@ -15,7 +15,7 @@ from rich.text import Text
 
 from examples.agents import saga_verdict
 from examples.agents.observer import OVERDUE_SECONDS, PROBE_SECONDS
-from examples.agents.saga_verdict import Sagas, SagaVerdict
+from examples.agents.saga_verdict import SagaRun, SagaVerdict
 from examples.agents.stage import TOPIC, Stage
 from outbox import limits
 from outbox.wire import Envelope
@@ -57,7 +57,6 @@ class Run:
     overdue: int
     samples: list[tuple[str, str | None]]
     load: "Load"
-    sagas: Sagas
     kills: int
     """Of the relay, with what was in flight."""
 
@@ -153,7 +152,7 @@ def identity(envelope: Envelope, value: bytes) -> str:
         return f"unreadable {value[:40]!r}"
 
 
-async def reach(stage: Stage, run: Run, *, hide_record: bool = False) -> Report:
+async def reach(stage: Stage, run: Run, sagas: SagaRun, *, hide_record: bool = False) -> Report:
     """Read everything and judge it."""
     async with topic_reader(stage.kafka, TOPIC) as reader:
         records = await reader.records(identity)
@@ -168,7 +167,7 @@ async def reach(stage: Stage, run: Run, *, hide_record: bool = False) -> Report:
             duplicates_max=run.kills * limits.WINDOWS_IN_FLIGHT * limits.WINDOW_MAX_EVENTS,
             happened={**run.done, "probes": len(run.latencies), "samples of the cache": len(run.samples)},
         )
-    return Report(verdict=judge(history), sagas=await saga_verdict.reach(stage, run.sagas), run=run)
+    return Report(verdict=judge(history), sagas=await saga_verdict.reach(stage, sagas), run=run)
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -203,7 +202,7 @@ def _checks(report: Report) -> RenderableType:
     table.add_row(_mark(good=not overdue), f"{overdue:,}", f"probes not in the cache after {OVERDUE_SECONDS:.0f} s")
     sagas = report.sagas
     table.add_row()
-    table.add_row(" ", f"{len(sagas.sagas.asked):,}", "sagas over four services, each with its own database")
+    table.add_row(" ", f"{len(sagas.run.asked):,}", "sagas over four services, each with its own database")
     for end, count in sagas.ends.items():
         table.add_row(" ", f"{count:,}", end)
     table.add_row(" ", f"{sagas.kept:,}", "effects kept, in the tables of those services")
@@ -225,12 +224,12 @@ def _figures(report: Report) -> RenderableType:
     table.add_row("", f"{report.quiet}, at {1 / PROBE_SECONDS:.0f} events/s")
     if report.run.kills:
         table.add_row("killed", "relay and workflow service, halfway, with SIGKILL")
-    takeover = report.run.sagas.takeover
+    takeover = report.sagas.run.takeover
     table.add_row(
         "killed", f"the worker of {takeover.sagas:,} sagas; another one had them {takeover.seconds:.1f} s later"
     )
     table.add_row("exercised", ", ".join(f"{count:,} {what}" for what, count in report.run.done.items()))
-    table.add_row("troubles", ", ".join(f"{count:,} {what}" for what, count in report.run.sagas.happened.items()))
+    table.add_row("troubles", ", ".join(f"{count:,} {what}" for what, count in report.sagas.run.happened.items()))
     return table
 
 

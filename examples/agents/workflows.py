@@ -23,7 +23,7 @@ from uuid import UUID
 from rich.console import Console
 
 from examples.agents.progress import Count, display
-from examples.agents.saga_verdict import Sagas, Takeover
+from examples.agents.saga_verdict import SagaRun, Takeover
 from examples.agents.stage import OUTBOX, SAGA, Stage
 from examples.agents.traffic import POPULAR
 from examples.agents.trouble import Trouble
@@ -104,7 +104,7 @@ class Workflows:
         self._to_cancel: deque[Handle[None] | None] = deque()
         self._screen = display(console, count)
 
-    async def run(self) -> Sagas:
+    async def run(self) -> SagaRun:
         """Returns when all sagas have ended, and every process has."""
         say, set_up = self._console.print, self._set_up
         say("starting the services that sagas go through, and their relays ...")
@@ -125,9 +125,9 @@ class Workflows:
                 await self._start(late, [Trouble.NONE])
                 await self._until("the last sagas have given up waiting", self._given_up)
             await self._until("late replies have come, and all sagas have ended", self._ended)
-        sagas = Sagas(asked=frozenset(self._asked), happened=await self._happened(), takeover=await takeover)
+        run = SagaRun(asked=frozenset(self._asked), happened=await self._happened(), takeover=await takeover)
         await asyncio.gather(*map(set_up.stop, [worker, *participants, *relays.values()]))
-        return sagas
+        return run
 
     # ------------------------------------------------------------------------------------------ processes
 

@@ -5,10 +5,10 @@ from uuid import UUID
 
 import pytest
 
-from examples.agents.saga_verdict import EFFECTS, ENDS, Effect, Fault, Sagas, SagaVerdict, Takeover, judge
+from examples.agents.saga_verdict import EFFECTS, ENDS, Effect, Fault, SagaRun, SagaVerdict, Takeover, judge
 
 COMPLETED, FAILED, CANCELLED, NOBODYS = (UUID(int=number) for number in range(4))
-SAGAS = Sagas(
+RUN = SagaRun(
     asked=frozenset({COMPLETED, FAILED, CANCELLED}), happened={"calls repeated": 1}, takeover=Takeover(3, 4.0)
 )
 
@@ -19,7 +19,7 @@ class Run:
 
     outcomes: list[tuple[UUID, str]]
     effects: dict[str, list[Effect]]
-    sagas: Sagas = SAGAS
+    sagas: SagaRun = RUN
 
     def judged(self) -> SagaVerdict:
         return judge(self.sagas, self.outcomes, self.effects)
@@ -87,7 +87,7 @@ def test_a_saga_without_exactly_one_outcome_is_a_fault(run: Run, cancelled: list
 
 
 def test_a_run_in_which_a_trouble_did_not_happen_is_not_valid(run: Run) -> None:
-    run.sagas = replace(SAGAS, happened={"calls repeated": 0}, takeover=Takeover(0, 0.0))
+    run.sagas = replace(RUN, happened={"calls repeated": 0}, takeover=Takeover(0, 0.0))
     assert run.faults() == {}
     assert not run.judged().valid
     assert run.judged().did_not_happen == ["calls repeated", "taken over"]

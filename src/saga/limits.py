@@ -50,6 +50,8 @@ TAKE_OVER_MAX_INSTANCES: Final = 1_000
 TAKE_OVER_EVERY_SECONDS: Final = 0.5
 TAKE_OVER_AGAIN_SECONDS: Final = 0.1
 """Where there were as many as that, and there may be more."""
+COUNT_EVERY_SECONDS: Final = 15.0
+"""Between two looks for instances that are leased to a worker without its knowledge."""
 SWEEP_EVERY_SECONDS: Final = 30.0
 """Between two looks for what a crash left undone of instances that have ended."""
 SWEEP_MAX_INSTANCES: Final = 500

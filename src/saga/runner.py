@@ -24,7 +24,7 @@ from typing import Final, TypeVar
 from uuid import UUID
 
 from outbox import clock, crash_sites, postgres, retry
-from outbox.postgres import Pool
+from outbox.postgres import Connection, Pool
 from saga import journal, limits, transactional, writer
 from saga.decider import Execution
 from saga.journal import Start
@@ -142,6 +142,11 @@ class Runner:
     # -------------------------------------------------------------------------------------------- life
 
     @property
+    def instance_id(self) -> UUID:
+        """What it drives."""
+        return self._id
+
+    @property
     def _leaving(self) -> bool:
         return self._around.stopping.is_set() or not self._heartbeat.is_held
 
@@ -237,7 +242,7 @@ class Runner:
     async def _give_back(self, error: Exception) -> None:
         reason = f"a worker could not go on with it, time after time: {error!r}"[: limits.REASON_MAX_CHARACTERS]
         epoch = self._execution.epoch
-        await self._patiently(lambda: SQL.give_back.execute(self._around.pool, self._id, epoch, reason))
+        await self._patiently(lambda: give_back(self._around.pool, self._id, epoch, reason))
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask again while the database is in trouble; once the worker stops, no more."""
@@ -376,3 +381,15 @@ class Runner:
         if may_succeed or path not in {work.path for work in decision.start}:
             return decision
         return self._execution.fact(Uncertain(path=path, error=str(conflict)), now())
+
+
+async def give_back(db: Pool | Connection, instance_id: UUID, epoch: int, reason: str) -> None:
+    """Let others go on with an instance, as if its worker had been lost; nothing, where it has been let go already.
+
+    Args:
+        db: a pool or a connection.
+        instance_id: the instance.
+        epoch: under which it was leased.
+        reason: why it pauses, where that has happened too often without progress.
+    """
+    await SQL.give_back.execute(db, instance_id, epoch, reason)

@@ -4,8 +4,8 @@ Where a worker of this process serves the saga, on the same pool, it gets the ne
 in the same statement, it runs at once, and nobody has to claim it. Only here: a start in a caller's transaction is
 `pending`, because its lease could be older than its commit, and its owner dead before anybody sees it.
 
-* The reply is lost: the same starts are sent again. Their ids are new, so one that `exists` under its own id is one
-  that the first copy has inserted, for the same owner.
+* The reply is lost: the same starts are sent again, for the same owner, whether their callers still wait or not. Their
+  ids are new, so one that `exists` under its own id is one that the first copy has inserted.
 * The process is killed after the commit: the instance is pending, or an orphan of this process, and found as such.
 * Somebody else is starting under the same key and has not committed: the group gives way after a moment, and is split
   until the one that has to wait is alone, on a connection of its own.
@@ -48,6 +48,8 @@ BEGUN: Final = "begun"
 class _Entry:
     start: Start
     answer: "asyncio.Future[tuple[UUID, str]]"
+    taker: Taker | None = None
+    """To whom it is leased, from when it was sent first."""
 
     @property
     def name_and_key(self) -> tuple[str, str]:
@@ -64,6 +66,8 @@ class Starts:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_busy = False
         self._takers: list[Taker] = []
+        self.sent: Final[set[UUID]] = set()
+        """Instances that may have been started, while nobody knows."""
 
     def add(self, taker: Taker) -> None:
         """A worker of this process may have some of them at once."""
@@ -100,12 +104,11 @@ class Starts:
                     with attempt:
                         async with postgres.acquire(self._pool) as connection:
                             await SQL.limit_lock_waits.execute(connection, f"{limits.START_LOCK_SECONDS:g}s")
-                            while group or self._queue:
-                                group = [entry for entry in group if not entry.answer.done()] or self._next_group()
+                            while group := [e for e in group if e.start.id in self.sent] or self._next_group():
                                 await self._start(connection, group)
         except Exception as error:  # noqa: BLE001 - told to those who wait
             for entry in (*group, *self._queue):
-                _fail(entry, error)
+                self._fail(entry, error)
             self._queue.clear()
         finally:
             self._is_busy = False
@@ -116,13 +119,18 @@ class Starts:
         while self._queue and len(group) < limits.GROUP_MAX_INSTANCES and self._queue[0].name_and_key not in group:
             entry = self._queue.popleft()
             group[entry.name_and_key] = entry
+        new = [entry.start for entry in group.values()]
+        taker = next((taker for taker in self._takers if taker.takes(new)), None)
+        for entry in group.values():
+            entry.taker = taker
+            self.sent.add(entry.start.id)
         return list(group.values())
 
     async def _start(self, connection: Connection, group: Sequence[_Entry]) -> None:
-        new = [entry.start for entry in group]
-        taker = next((taker for taker in self._takers if taker.takes(new)), None)
+        taker = group[0].taker
+        owner = taker.worker_id if taker is not None else None
         try:
-            answers = await start(connection, new, owner=taker.worker_id if taker is not None else None)
+            answers = await start(connection, [entry.start for entry in group], owner=owner)
         except Exception as error:
             is_locked = postgres.sqlstate(error) == postgres.LOCKED
             if not is_locked and retry.is_transient(error):
@@ -132,30 +140,34 @@ class Starts:
                 await self._start(connection, group[:half])
                 await self._start(connection, group[half:])
             elif is_locked:
+                self.sent.discard(group[0].start.id)
                 self._spawn(self._start_alone(group[0]))
             else:
-                _fail(group[0], error)
+                self._fail(group[0], error)
             return
         for entry, (found, answer) in zip(group, answers, strict=True):
             is_taken = taker is not None and found == entry.start.id  # else it was there before
             if taker is not None and is_taken:
                 taker.begin(entry.start)
-            if not entry.answer.done():
-                entry.answer.set_result((found, BEGUN if is_taken else answer))
+            self._settle(entry, (found, BEGUN if is_taken else answer))
 
     async def _start_alone(self, entry: _Entry) -> None:
         try:
             [answer] = await start(self._pool, [entry.start])
         except Exception as error:  # noqa: BLE001 - told to the one who waits
-            _fail(entry, error)
+            self._fail(entry, error)
         else:
-            if not entry.answer.done():
-                entry.answer.set_result(answer)
+            self._settle(entry, answer)
 
+    def _settle(self, entry: _Entry, answer: tuple[UUID, str]) -> None:
+        self.sent.discard(entry.start.id)
+        if not entry.answer.done():
+            entry.answer.set_result(answer)
 
-def _fail(entry: _Entry, error: Exception) -> None:
-    if not entry.answer.done():
-        entry.answer.set_exception(error)
+    def _fail(self, entry: _Entry, error: Exception) -> None:
+        self.sent.discard(entry.start.id)
+        if not entry.answer.done():
+            entry.answer.set_exception(error)
 
 
 _STARTS: Final[dict[Pool, Starts]] = {}

@@ -5,6 +5,8 @@
   that was lost twice without any progress runs while nothing else does: it may be what kills workers. After the fifth
   time it is paused (`saga.take_over`).
 * *Timers*: every worker makes instances ready whose time has come.
+* *Count*: now and then, and after trouble with a claim, what is leased to this id is compared with what runs: the reply
+  of a claim may have been lost, and nobody takes over from the living.
 * *Sweep*: what a crash left undone of instances that have ended: parents that were not told, locks not given back.
 
 A crash hands nothing over; the row in `saga.workers` runs out, and others take over. A lost connection changes nothing
@@ -17,6 +19,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -27,7 +30,7 @@ from saga.decider import Execution
 from saga.definition import Saga
 from saga.journal import Start
 from saga.lease import Heartbeat
-from saga.runner import Runner, Surroundings
+from saga.runner import Runner, Surroundings, give_back
 from saga.settings import Settings
 from saga.starts import starts_of
 from saga.wakeup import Wakeup
@@ -60,6 +63,11 @@ class Tenure:
         self._settings = settings
         self._running = running
         self._alone: deque[Runner] = deque()
+        self._known: dict[UUID, asyncio.Task[None]] = {}
+        """What runs under this id."""
+        self._most = limits.CLAIM_MAX_INSTANCES
+        """Claimed at a time; fewer after trouble, as their journals may be too long to be read at once."""
+        self._counted_at = asyncio.get_running_loop().time()
         self._room = asyncio.Event()
         self._wakeup = Wakeup(settings)
         self._timer = asyncio.Event()
@@ -139,6 +147,9 @@ class Tenure:
             try:
                 while True:
                     await self._claim_once(connection)
+            except Exception:
+                self._counted_at, self._most = 0.0, max(1, self._most // 2)
+                raise
             finally:
                 await self._wakeup.detach()
 
@@ -153,8 +164,10 @@ class Tenure:
             return
         if not self.heartbeat.is_held:
             await self.heartbeat.lost.wait()
-        limit = min(room, limits.CLAIM_MAX_INSTANCES)
+        await self._count(connection)
+        limit = min(room, self._most)
         leases = await journal.claim(connection, self.worker_id, limit, list(self._sagas))
+        self._most = min(2 * self._most, limits.CLAIM_MAX_INSTANCES)
         for lease in leases:
             execution = Execution(self._sagas[lease.workflow_id], lease.claimed)
             name = self._sagas[lease.workflow_id].name
@@ -168,14 +181,31 @@ class Tenure:
         else:
             await self._wakeup.found_nothing()
 
+    async def _count(self, connection: Connection) -> None:
+        """Give back instances that are leased to this id and do not run: the reply of a claim, or a start, was lost."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._counted_at < limits.COUNT_EVERY_SECONDS:
+            return
+        leased = await SQL.leased.fetch(connection, self.worker_id)
+        known = {*self._known, *starts_of(self._around.pool).sent, *(runner.instance_id for runner in self._alone)}
+        lost = [row for row in leased if row["id"] not in known]
+        if lost:
+            log.warning("%s instances are leased to worker %s without its knowledge", len(lost), self.worker_id)
+        for row in lost:
+            await give_back(connection, row["id"], row["lease_epoch"], "a worker did not know that it has it")
+        self._counted_at = loop.time()
+
     def _begin(self, runner: Runner) -> "asyncio.Task[None]":
         task = asyncio.create_task(runner.run())
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        self._known[runner.instance_id] = task
+        task.add_done_callback(partial(self._ended, runner.instance_id))
         return task
 
-    def _ended(self, task: "asyncio.Task[None]") -> None:
+    def _ended(self, instance_id: UUID, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
+        if self._known.get(instance_id) is task:
+            del self._known[instance_id]
         self._room.set()
 
     async def _run_alone(self, runner: Runner) -> None:

@@ -7,3 +7,7 @@ select saga.next_timer()
 -- name: forget_workers
 -- Rows of workers that have been dead for a day, in no order; index idx_workflow_instances_lease_owner.
 select saga.forget_workers()
+
+-- name: leased
+-- What is leased to one worker, without a lock; index idx_workflow_instances_lease_owner. Rows: what it may run at a time.
+select * from saga.leased($1)

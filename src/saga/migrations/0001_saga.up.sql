@@ -613,6 +613,13 @@ begin
 end $$;
 comment on function saga.next_timer is 'Seconds until the next timer goes off; null without any';
 
+create function saga.leased(p_owner uuid, out id uuid, out lease_epoch bigint) returns setof record
+language plpgsql stable set enable_seqscan = off as $$
+begin
+    return query select i.id, i.lease_epoch from saga.workflow_instances i where i.lease_owner = p_owner;
+end $$;
+comment on function saga.leased is 'What is leased to a worker';
+
 create function saga.forget_workers() returns void language plpgsql volatile set enable_seqscan = off as $$
 begin
     delete from saga.workers w

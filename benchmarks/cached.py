@@ -41,7 +41,7 @@ OWNER_QUERY: Final = "select id as agent_id, name as agent_name, instructions, v
 CHANGE: Final = """
 with changed as (
     update agents set version = version + 1, instructions = md5(($2::bigint)::text) || ' ' || md5((-$2::bigint)::text)
-     where id = lpad(to_hex($1::bigint), 32, '0')::uuid
+     where id in (select lpad(to_hex(i), 32, '0')::uuid from unnest($1::bigint[]) i)
     returning id, name, instructions, version, model
 )
 select outbox.emit('agent.renamed', $3, id::text,

@@ -1,8 +1,8 @@
 """A cache of a million rows filled from its owner, then rebuilt into a new generation, while events go on arriving.
 
 Everything is there that a service has: the owner's table and log, a relay, a consumer, each in a process of its own,
-and a writer that changes 1,000 rows a second. Owner and cache are in one database here, which makes it harder: one
-server reads the pages and merges them.
+and a writer that changes 1,000 rows a second, ten in a transaction. Owner and cache are in one database here, which
+makes it harder: one server reads the pages and merges them.
 """
 
 import asyncio

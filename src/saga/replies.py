@@ -23,7 +23,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import ClassVar, Final
 
 from outbox import postgres
 from outbox.consumer import handling
@@ -80,6 +80,7 @@ class ReplyTarget:
 class ReplyWork:
     """What a batch brings."""
 
+    keeps_plans: ClassVar = False
     target: ReplyTarget
     unknown: int = 0
     replies: list[tuple[Reply, Arrival]] = field(default_factory=list)

@@ -41,7 +41,7 @@ the start. What a command comes to is decided in `answering`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from outbox import clock
 from outbox.cache.fold import Fault, Step
@@ -120,6 +120,7 @@ class ParticipantTarget:
 class ParticipantWork:
     """What a batch brings to one participant."""
 
+    keeps_plans: ClassVar = False
     target: ParticipantTarget
     partition: int
     unknown: int = 0

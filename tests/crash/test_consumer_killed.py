@@ -19,9 +19,9 @@ SITES = [
     Fault("outbox.consumer.apply.claim", "after"),
     Fault("outbox.consumer.apply.advance", "before"),
     Fault("outbox.consumer.apply.advance", "after"),
-    Fault("outbox.cache.merge.merge", "before"),
-    Fault("outbox.cache.merge.merge", "after"),
-    Fault("outbox.cache.merge.merge", "after", visit=2),
+    Fault("outbox.cache.merge.merge_rows", "before"),
+    Fault("outbox.cache.merge.merge_rows", "after"),
+    Fault("outbox.cache.merge.merge_rows", "after", visit=2),
     Fault("outbox.consumer.parking.open_keys", "after"),
     Fault("outbox.consumer.parking.queue", "after"),
 ]

@@ -99,7 +99,7 @@ async def test_h16_an_event_in_flight_when_the_page_was_read_is_applied(
 async def test_an_event_that_the_page_sees_is_part_of_it(
     pool: Pool, engine: Engine, owner: Pages, event: Event
 ) -> None:
-    """Red without the look at pages in `merge`: the row goes back."""
+    """Red without the look at pages in `merge_rows`: the row goes back."""
     await whole(owner, page([(LOW, "newer")], xmax=5000))
     outcome = await consume(engine, numbered([event]))
     assert outcome.parked == 0
@@ -107,7 +107,10 @@ async def test_an_event_that_the_page_sees_is_part_of_it(
     assert await pool.fetchval("select count(*) from outbox.tombstones") == 0
     unguarded = "or outbox.page_sees(n.log_id, n.snapshot, x.outbox_log, x.outbox_transaction_id) is not true"
     if isinstance(event, AgentRenamed):
-        with broken_statement(merge.SQL, "merge", unguarded, "or true"):
+        with (
+            broken_statement(merge.SQL, "merge_rows", unguarded, "or true"),
+            broken_statement(merge.SQL, "merge_rows", "c.outbox_page is null", "true"),
+        ):
             await consume(await make_engine(pool, make_cache(), name="without"), numbered([event]))
         assert await rows(pool) == {LOW: ("older", [])}, "what the rule is for"
 

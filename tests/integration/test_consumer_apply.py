@@ -317,7 +317,7 @@ async def test_a_transient_error_keeps_the_batch(pool: Pool, engine: Engine) -> 
     agent = uuid4()
     kafka = numbered([AgentRenamed(agent_id=agent, agent_name="a")])
     partition = await engine.claim(TOPIC, 0, 0)
-    for site, side in (("merge", "before"), ("merge", "after"), ("advance", "after")):
+    for site, side in (("merge_rows", "before"), ("merge_rows", "after"), ("advance", "after")):
 
         async def lose_connection(at: str, on: str, site: str = site, side: str = side) -> None:
             if at.endswith(f".{site}") and on == side:
@@ -364,7 +364,7 @@ async def test_a_claim_waits_for_the_open_batch_of_the_former_owner(pool: Pool) 
     merged, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(site: str, side: str) -> None:
-        if site.endswith(".merge") and side == "after" and not merged.is_set():
+        if site.endswith(".merge_rows") and side == "after" and not merged.is_set():
             merged.set()
             await go_on.wait()
 
@@ -423,7 +423,7 @@ async def test_a_batch_holds_no_event_and_no_row_while_it_is_written(pool: Pool,
     counted: list[list[int]] = []
 
     async def count(site: str, side: str) -> None:
-        if site.endswith(".merge") and side == "before":
+        if site.endswith(".merge_rows") and side == "before":
             assert gc.isenabled()
             kinds = (AgentRenamed, CachedAgent, Step)
             counted.append([sum(type(found) is kind for found in gc.get_objects()) for kind in kinds])

@@ -308,7 +308,7 @@ async def test_a_swap_waits_for_the_batch_that_is_open(pool: Pool, monkeypatch: 
     inside, go_on = asyncio.Event(), asyncio.Event()
 
     async def stop_before_the_merge(name: str, side: str) -> None:
-        if (name, side) == ("outbox.cache.merge.merge", "before") and not inside.is_set():
+        if (name, side) == ("outbox.cache.merge.merge_rows", "before") and not inside.is_set():
             inside.set()
             await go_on.wait()
 
@@ -384,7 +384,7 @@ async def test_a_page_prepared_for_a_table_that_was_swapped_away_is_refused(pool
     """
     cache = await fed(pool)
     merge = await cache.prepare(pool)
-    pages = Pages(pool, cache.row, merge, topic=cache.topic, parker=cache.table)
+    pages = Pages(pool, merge, topic=cache.topic, parker=cache.table)
     page = await SqlOwner(pool, QUERY).page(None, 500)
     await generations.renew(pool, cache)
     with pytest.raises(PageRefused, match="another table now"):

@@ -150,8 +150,8 @@ async def test_a_page_that_was_read_while_an_older_event_was_in_flight_converges
 ) -> None:
     """H16, with a real owner: the older event has a lower position than what the page shows, and commits after it.
 
-    Red with the position as the version: with `page_sees` in `merge` replaced by a comparison of positions the event is
-    rejected for ever. Red with `page_sees` in `merge_page` always true.
+    Red with the position as the version: with `page_sees` in `merge_rows` replaced by a comparison of positions the
+    event is rejected for ever. Red with `page_sees` in `merge_page` always true.
     """
     (key, other) = await agents(pool, 2)
     cache = owned_cache(pool)
@@ -182,7 +182,7 @@ async def test_a_page_that_was_read_while_an_older_event_was_in_flight_converges
 async def test_a_key_that_a_page_lacks_is_not_revived_by_its_old_create(pool: Pool) -> None:
     """H41: created and deleted before the page; the create arrives after it, the deletion later still.
 
-    Red with the ranges of pages not asked in `merge` ("r.page_id is not null" made false).
+    Red with the ranges of pages not asked in `merge_rows`.
     """
     await agents(pool, 20)
     key = uuid4()

@@ -303,16 +303,20 @@ def documents(**columns: object) -> str:
 
 def batch_statements(connection: Connection, cached: table.Table) -> dict[str, Bound]:
     """What follows `advance` in the transaction of a batch; every kind of merge."""
-    whole = cached.compose(merge.SQL.merge)
-    rows, none = documents(agent_name="n", tags=[]), "[]"
+    rows, changes = cached.compose(merge.SQL.merge_rows), cached.compose(merge.SQL.merge_changes)
+    full, none = documents(agent_name="n", tags=[]), "[]"
     few = {"outbox.positions": POSITIONS + FEW}
     per_range = {caching.TABLE: 6 * 7 * BATCH, "outbox.tombstones": 4 * BATCH, **few}
     """A page has every seventh key of its range; the others are deleted."""
     per_key = {caching.TABLE: 4 * BATCH, "outbox.tombstones": 4 * BATCH, **few}
 
-    async def merged(full: str, patches: str, deletions: str) -> None:
+    async def merged() -> None:
+        await advance(connection, keeps_plans=True)
+        await rows.execute(connection, cached.oid, KEYS, full)
+
+    async def changed(patches: str, deletions: str) -> None:
         await advance(connection)
-        await whole.fetch(connection, cached.oid, KEYS, full, patches, deletions, True)
+        await changes.fetch(connection, cached.oid, KEYS, patches, deletions, True)
 
     async def waiting() -> None:
         await advance(connection)
@@ -353,19 +357,20 @@ def batch_statements(connection: Connection, cached: table.Table) -> dict[str, B
         "a page": Bound(partial(paged, KEYS[0], KEYS[-1], None), others=per_range),
         "a page that is too late": Bound(partial(paged, KEYS[0], KEYS[-1], None, sees="1:1:"), others=per_range),
         "page of single keys": Bound(partial(paged, None, None, KEYS), others=per_key),
-        "merge of rows": Bound(partial(merged, rows, none, none), others=per_key),
-        "merge of patches": Bound(partial(merged, none, rows, none), others=per_key),
-        "merge of deletions": Bound(partial(merged, none, none, documents()), others=per_key),
+        "merge of rows": Bound(merged, others=per_key),
+        "merge of patches": Bound(partial(changed, full, none), others=per_key),
+        "merge of deletions": Bound(partial(changed, none, documents()), others=per_key),
         "waiting": Bound(waiting, others=few),
         "room": Bound(room, others=few),
     }
 
 
-async def advance(connection: Connection) -> None:
+async def advance(connection: Connection, *, keeps_plans: bool = False) -> None:
     """The first statement of a batch."""
     marks = [caching.LOG], [0], [1], [1]
+    parkers, fed = [caching.TABLE, "nobody"], [caching.TABLE]
     await apply.SQL.advance.fetch(
-        connection, "c", "topic", 1, 1, 0, 50, "id", *marks, [caching.TABLE, "nobody"], "15000", [caching.TABLE]
+        connection, "c", "topic", 1, 1, 0, 50, "id", *marks, parkers, "15000", fed, keeps_plans
     )
 
 
@@ -576,7 +581,7 @@ async def test_every_named_statement_can_be_prepared(any_database: str) -> None:
                     await connection.prepare(text)
                 except asyncpg.PostgresError as error:
                     raise AssertionError(f"{statement.name}: {error}\n{text}") from error
-        assert {"outbox.relay.window.read", "outbox.cache.merge.merge", "outbox.transaction.flush"} <= set(names)
+        assert {"outbox.relay.window.read", "outbox.cache.merge.merge_rows", "outbox.transaction.flush"} <= set(names)
         assert len(names) >= 60
 
 

@@ -35,4 +35,4 @@ def page(
 
 async def pages_of(pool: Pool, cache: Cache[Any], oid: int | None = None, parker: str | None = None) -> Pages:
     """What merges pages into a cache's table, or into another one; an engine has registered it."""
-    return Pages(pool, cache.row, await cache.prepare(pool, oid), topic=cache.topic, parker=parker or cache.table)
+    return Pages(pool, await cache.prepare(pool, oid), topic=cache.topic, parker=parker or cache.table)

@@ -191,7 +191,7 @@ class Run:
         )
         await self.engine.prepare()
         merge = await self.cache.prepare(self.pool)
-        pages = Pages(self.pool, CachedRow, merge, topic=TOPIC, parker=LIVE)
+        pages = Pages(self.pool, merge, topic=TOPIC, parker=LIVE)
         self.tables.append(Watched(LIVE, pages, self.owner, spare=False))
         self.claimed = [await self.engine.claim(TOPIC, number, 0) for number in range(PARTITIONS)]
 
@@ -292,7 +292,7 @@ class Run:
             f" values ('{SPARE}', '{LIVE}', 'spare', 'model', '{TOPIC}')"
         )
         oid = await self.pool.fetchval(f"select '{SPARE}'::regclass::oid")
-        pages = Pages(self.pool, CachedRow, await self.cache.prepare(self.pool, oid), topic=TOPIC, parker=SPARE)
+        pages = Pages(self.pool, await self.cache.prepare(self.pool, oid), topic=TOPIC, parker=SPARE)
         self.tables.append(Watched(SPARE, pages, self.owner, spare=True))
         self.trace.append(("a spare table", []))
         self._read_all(self.tables[1])

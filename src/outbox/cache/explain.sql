@@ -25,7 +25,7 @@ select t.log_id, t.position, t.transaction_id::text as transaction_id, t.page_id
 
 -- name: pages
 -- Pages of the owner that speak for a key ($2), or that row or tombstone ($3) name; the newest first. Reads what is
--- remembered of the cache's pages, by idx_pages_cache. Rows: at most $4.
+-- remembered of the cache's pages, by idx_pages_cache_place. Rows: at most $4.
 select p.id, p.log_id, p.snapshot::text as snapshot, p.merged_at, r.page_id is not null as is_range, r.after_key, r.through_key
   from outbox.pages p left join outbox.page_ranges r on r.page_id = p.id
  where p.cache = $1::oid
@@ -33,7 +33,7 @@ select p.id, p.log_id, p.snapshot::text as snapshot, p.merged_at, r.page_id is n
         or r.page_id is not null
            and (r.after_key is null or $2::text::{key_type}{key_order} > r.after_key::{key_type})
            and (r.through_key is null or $2::text::{key_type}{key_order} <= r.through_key::{key_type}))
- order by outbox.page_order(p.log_id, p.snapshot) desc, p.id desc limit $4
+ order by p.place desc, p.id desc limit $4
 
 -- name: seen
 -- For events by their number, log ($1) and transaction ($2): the newest of the pages $3 that contains each, by the rule of
@@ -41,7 +41,7 @@ select p.id, p.log_id, p.snapshot::text as snapshot, p.merged_at, r.page_id is n
 select e.number::integer as number,
        (select p.id from outbox.pages p
          where p.id = any ($3::bigint[]) and outbox.page_sees(p.log_id, p.snapshot, e.log_id, e.transaction_id::xid8)
-         order by outbox.page_order(p.log_id, p.snapshot) desc, p.id desc limit 1) as page_id
+         order by p.place desc, p.id desc limit 1) as page_id
   from unnest($1::text[], $2::text[]) with ordinality e(log_id, transaction_id, number)
 
 -- name: positions

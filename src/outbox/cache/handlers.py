@@ -43,6 +43,7 @@ class Shape:
         """For rows of class `row`, whose field `key` is the event's key."""
         self.row = row
         self.key = key
+        self.rows: TypeAdapter[list[Any]] = TypeAdapter(list[row])  # type: ignore[valid-type]
         self._adapters: dict[str, TypeAdapter[Any]] = {}
 
     def adapter(self, column: str) -> TypeAdapter[Any]:

@@ -1,4 +1,4 @@
-"""The one merge: folded keys into the cache's table, as one SQL statement.
+"""The one merge: folded keys into the cache's table; one SQL statement for full rows, one for patches and deletions.
 
 Rows travel as JSON, one parameter for all of them, and PostgreSQL turns each value into its column's type as it would
 read a literal: arrays, jsonb, numeric, enums and domains work without a line for each (ADR 0012 has the measurements).
@@ -29,7 +29,7 @@ SQL: Final = postgres.Statements("outbox", "cache/merge.sql")
 
 
 class Kind(enum.IntEnum):
-    """What a change does to its row; in the order of the merge's parameters."""
+    """What a change does to its row."""
 
     ROW = 0
     PATCH = 1
@@ -65,9 +65,10 @@ class Merge:
         """
         self._owned = owned
         self.table: Final = table
-        self._shape = shape
+        self.shape: Final = shape
         self._table = table
-        self._statement = table.compose(SQL.merge)
+        self._merge_rows = table.compose(SQL.merge_rows)
+        self._merge_changes = table.compose(SQL.merge_changes)
         self._key_field = json.dumps(table.key)
 
     def change(self, key: str, folded: Folded, partition: int) -> Change:
@@ -87,20 +88,27 @@ class Merge:
         log_id = None if last.position is None else last.position.log_id
         return Change(key, kind, body[:-1] + _runtime(last, partition), log_id)
 
-    def rows(self, rows: Sequence[BaseModel]) -> str:
+    def rows(self, rows: list[BaseModel]) -> str:
         """Rows of a page of the owner, as one JSON array."""
-        return _array([self._row_document(row) for row in rows])
+        if self._table.exact:
+            return _array([self._row_document(row) for row in rows])
+        return self.shape.rows.dump_json(rows).decode()
 
     async def __call__(self, connection: Connection, changes: Sequence[Change]) -> list[str]:
         """Merge changes of distinct keys; returns the keys of patches that found no row."""
-        documents: list[list[bytes]] = [[] for _ in Kind]
-        for change in changes:
-            documents[change.kind].append(change.document)
-        missing = await self._statement.fetch(
+        rows = [change for change in changes if change.kind is Kind.ROW]
+        if rows:
+            await self._merge_rows.execute(connection, self._table.oid, _keys(rows), _documents(rows))
+        if len(rows) == len(changes):
+            return []
+        patches = [change for change in changes if change.kind is Kind.PATCH]
+        deletions = [change for change in changes if change.kind is Kind.DELETION]
+        missing = await self._merge_changes.fetch(
             connection,
             self._table.oid,
-            [change.key for change in changes],
-            *map(_array, documents),
+            _keys([*patches, *deletions]),
+            _documents(patches),
+            _documents(deletions),
             self._owned,
         )
         return [record["missing"] for record in missing]
@@ -115,11 +123,19 @@ class Merge:
         odd = _odd(columns, self._table) if self._table.exact else {}
         parts = [f"{self._key_field}:{json.dumps(key)}".encode()]
         parts += [
-            json.dumps(name).encode() + b":" + self._shape.adapter(name).dump_json(value)
+            json.dumps(name).encode() + b":" + self.shape.adapter(name).dump_json(value)
             for name, value in columns.items()
             if name not in odd
         ]
         return _with(b"{" + b",".join(parts) + b"}", odd)
+
+
+def _keys(changes: Sequence[Change]) -> list[str]:
+    return [change.key for change in changes]
+
+
+def _documents(changes: Sequence[Change]) -> str:
+    return _array([change.document for change in changes])
 
 
 def _odd(values: dict[str, object], table: Table) -> dict[str, str]:

@@ -1,4 +1,4 @@
--- The one merge: two statements, one for what events say and one for what a page of the owner says, under the same rules.
+-- The one merge: what events say, in two statements, and what a page of the owner says, under the same rules.
 -- Templates: {table}, {key}, its type and lists of columns are filled in once by table.compose, quoted.
 --
 -- Which of two wins, wherever they meet and in whichever order they come:
@@ -8,19 +8,20 @@
 -- The caller holds the cache's lock since an earlier statement (outbox.hold_caches, or alone for a page), so everything
 -- that an earlier merge wrote is in this snapshot.
 
--- name: merge
--- Rows, patches and deletions of distinct keys into the cache.
--- $1 cache, $2 all keys as text, $3 full rows, $4 patches, $5 deletions: JSON arrays of objects with the table's columns,
--- sent as text, so that no JSON codec of the service's connections encodes them a second time. $6 whether there is an
--- owner: then a patch of a newer log waits for a page of that log, unless the row is of that log already. The database
--- may have been restored without what the row says, and no later page that does not see the patch could mend it.
--- Locks: the rows written, in the order of their keys within each kind. Index: the key's, and the primary key of
--- tombstones. Rows: one a key, at most a batch; while a rebuild's pages are remembered, those too.
--- Returns the keys of patches that found no row to change.
+-- name: merge_rows
+-- Full rows of distinct keys into the cache.
+-- $1 cache, $2 all keys as text, $3 the rows: a JSON array of objects with the table's columns, sent as text, so that no
+-- JSON codec of the service's connections encodes them a second time.
+-- The table is only written to, never looked into, and what is looked into has an index: so a plan made when everything
+-- was empty stays right, and is kept (apply.advance), because planning takes longer than a few rows do.
+-- Locks: the rows written, in the order of their keys. Index: the key's, and the primary keys of tombstones and pages.
+-- Rows: one a key, at most a batch; while a rebuild's pages are remembered, their ranges for each key that one may see.
 with newest as materialized (
     -- What the newest page does not see, no page sees: in normal operation nothing more is looked up.
-    select p.log_id, p.snapshot from outbox.pages p
-     where p.cache = $1 order by outbox.page_order(p.log_id, p.snapshot) desc limit 1
+    select p.log_id, p.snapshot from outbox.pages p where p.cache = $1 order by p.place desc limit 1
+), ranges as materialized (
+    select p.log_id, p.snapshot, r.after_key::{key_type} as after_key, r.through_key::{key_type} as through_key
+      from outbox.page_ranges r join outbox.pages p on p.id = r.page_id where r.cache = $1
 ), graves as materialized (
     -- Most caches delete nothing; the first condition is decided once and saves a probe for each key.
     -- The list is walked because PostgreSQL before 17 may filter all tombstones of the cache by `= any` instead.
@@ -39,19 +40,46 @@ with newest as materialized (
                                or outbox.page_sees(g.page_log, g.page_snapshot, x.outbox_log, x.outbox_transaction_id)))
        and (n.log_id is null
             or outbox.page_sees(n.log_id, n.snapshot, x.outbox_log, x.outbox_transaction_id) is not true
-            or not exists (select from outbox.pages p left join outbox.page_ranges r on r.page_id = p.id
-                            where p.cache = $1
-                              and outbox.page_sees(p.log_id, p.snapshot, x.outbox_log, x.outbox_transaction_id)
-                              and (p.id = (select c.outbox_page from {table} c where c.{key} = x.{key})
-                                   or r.page_id is not null
-                                      and (r.after_key is null or x.{key}::{key_type}{key_order} > r.after_key::{key_type})
-                                      and (r.through_key is null or x.{key}::{key_type}{key_order} <= r.through_key::{key_type}))))
+            or not exists (select from ranges r
+                            where (r.after_key is null or x.{key}::{key_type}{key_order} > r.after_key)
+                              and (r.through_key is null or x.{key}::{key_type}{key_order} <= r.through_key)
+                              and outbox.page_sees(r.log_id, r.snapshot, x.outbox_log, x.outbox_transaction_id)))
+), unburied as (
+    delete from outbox.tombstones t using graves g
+     where t.cache = $1 and t.key = g.key and g.key in (select x.{key}::text from full_rows x)
+)
+insert into {table} as c ({written})
+select {written_x} from full_rows x order by x.{key}
+on conflict ({key}) do update set {changing_excluded}, last_synced_at = now()
+ where outbox.supersedes(excluded.outbox_log, c.outbox_log)
+   and (c.outbox_page is null
+        or not exists (select from outbox.pages p
+                        where p.id = c.outbox_page
+                          and outbox.page_sees(p.log_id, p.snapshot, excluded.outbox_log, excluded.outbox_transaction_id)))
+
+-- name: merge_changes
+-- Patches and deletions of distinct keys into the cache.
+-- $1 cache, $2 all keys as text, $3 patches, $4 deletions, as merge_rows has its rows. $5 whether there is an owner: then
+-- a patch of a newer log waits for a page of that log, unless the row is of that log already. The database
+-- may have been restored without what the row says, and no later page that does not see the patch could mend it.
+-- Locks: the rows written, in the order of their keys within each kind. Index: the key's, and the primary key of
+-- tombstones. Rows: one a key, at most a batch; while a rebuild's pages are remembered, those too.
+-- Returns the keys of patches that found no row to change.
+with newest as materialized (
+    select p.log_id, p.snapshot from outbox.pages p where p.cache = $1 order by p.place desc limit 1
+), graves as materialized (
+    select t.key, t.log_id, p.log_id as page_log, p.snapshot as page_snapshot
+      from unnest($2::text[]) k(key)
+     cross join lateral (select o.key, o.log_id, o.page_id from outbox.tombstones o
+                          where o.cache = $1 and o.key = k.key offset 0) t
+      left join outbox.pages p on p.id = t.page_id
+     where exists (select from outbox.tombstones o where o.cache = $1)
 ), patches as materialized (
     select p.doc, n.{key} as key, n.outbox_log as log_id, n.outbox_transaction_id as transaction_id
-      from jsonb_array_elements($4::text::jsonb) p(doc)
+      from jsonb_array_elements($3::text::jsonb) p(doc)
      cross join lateral jsonb_populate_record(null::{table}, p.doc) n
 ), deletions as materialized (
-    select x.* from json_populate_recordset(null::{table}, $5::text::json) x
+    select x.* from json_populate_recordset(null::{table}, $4::text::json) x
 ), held as materialized (
     select c.{key} as key, c.outbox_log as log_id, c.outbox_page as page_id from {table} c
      where c.{key} in (select p.key from patches p union all select d.{key} from deletions d)
@@ -78,15 +106,7 @@ with newest as materialized (
                                   and (r.through_key is null or e.key::{key_type}{key_order} <= r.through_key::{key_type})))
 ), founded as materialized (
     select p.key from patches p join held h on h.key = p.key
-     where ($6 and outbox.log_ordinal(p.log_id) > outbox.log_ordinal(h.log_id)) is not true
-), upserted as (
-    insert into {table} as c ({written})
-    select {written_x} from full_rows x order by x.{key}
-    on conflict ({key}) do update set {changing_excluded}, last_synced_at = now()
-     where outbox.supersedes(excluded.outbox_log, c.outbox_log)
-), unburied as (
-    delete from outbox.tombstones t using graves g
-     where t.cache = $1 and t.key = g.key and g.key in (select x.{key}::text from full_rows x)
+     where ($5 and outbox.log_ordinal(p.log_id) > outbox.log_ordinal(h.log_id)) is not true
 ), patched as (
     update {table} c
        set ({changing}, last_synced_at) =
@@ -119,11 +139,11 @@ select p.key::text as missing from patches p
 -- Returns how many rows were written and removed, and the keys of rows that were not, because the page does not see their
 -- last event; those are looked for only where rows were not written.
 with page as materialized (
-    select p.id, p.log_id, p.snapshot, outbox.log_ordinal(p.log_id) as ordinal, outbox.page_order(p.log_id, p.snapshot) as place
+    select p.id, p.log_id, p.snapshot, outbox.log_ordinal(p.log_id) as ordinal, p.place
       from outbox.pages p where p.id = $2
 ), later as materialized (
     select p.id from outbox.pages p cross join page
-     where p.cache = $1 and p.id <> page.id and outbox.page_order(p.log_id, p.snapshot) > page.place
+     where p.cache = $1 and p.id <> page.id and p.place > page.place
 ), page_rows as materialized (
     select x.* from json_populate_recordset(null::{table}, $3::text::json) x
 ), blocked as materialized (

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from outbox import garbage, limits, postgres
 from outbox.cache import memory
@@ -74,13 +74,12 @@ Moved = Callable[[Connection, Merged], Awaitable[None]]
 class Pages:
     """Merges pages into one table of a cache."""
 
-    def __init__(self, pool: Pool, row: type[BaseModel], merge: Merge, *, topic: str, parker: str) -> None:
+    def __init__(self, pool: Pool, merge: Merge, *, topic: str, parker: str) -> None:
         """For the table that `merge` was prepared for.
 
         Args:
             pool: on the cache's database.
-            row: the row class; what the owner sends has to fit it.
-            merge: see `Cache.prepare`.
+            merge: see `Cache.prepare`; what the owner sends has to fit its row class.
             topic: of the cache.
             parker: by which the table's keys are parked.
         """
@@ -88,7 +87,6 @@ class Pages:
         self._merge = merge
         self._topic = topic
         self._parker = parker
-        self._rows: TypeAdapter[list[Any]] = TypeAdapter(list[row])  # type: ignore[valid-type]
         self._statement = merge.table.compose(MERGE.merge_page)
 
     async def merge(
@@ -185,7 +183,7 @@ class Pages:
         """
         rows = [self._with_bytes(row) for row in page.rows] if self._merge.table.binary else page.rows
         try:
-            return self._rows.validate_python(rows)
+            return self._merge.shape.rows.validate_python(rows)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             index, *field = first["loc"]

@@ -156,7 +156,7 @@ class Rebuild:
         merge = await self._cache.prepare(self._pool, self._oid)
         self._oid, self._key_type = merge.table.oid, merge.table.key_type
         self._parker = await SQL.parker.fetchval(self._pool, self._oid) or self._cache.table
-        return Pages(self._pool, self._cache.row, merge, topic=self._cache.topic, parker=self._parker)
+        return Pages(self._pool, merge, topic=self._cache.topic, parker=self._parker)
 
     # ------------------------------------------------------------------------------------------------- pages
 

@@ -133,7 +133,7 @@ class Reconcile:
         table = merge.table
         if await REBUILD.parker.fetchval(self._pool, table.oid) is None:
             raise CacheNotFed(f"no consumer has fed the table of cache {self._cache.table} yet: start the consumer")
-        self._pages = Pages(self._pool, self._cache.row, merge, topic=self._cache.topic, parker=self._cache.table)
+        self._pages = Pages(self._pool, merge, topic=self._cache.topic, parker=self._cache.table)
         self._merge: Merge = merge
         self._compare = table.compose(SQL.compare)
         await self._choose_columns(table)

@@ -317,6 +317,7 @@ class Engine:
             [target.name for target in self._targets[partition.topic]],
             str(limits.BATCH_IDLE_SECONDS * 1000),
             fed,
+            bool(batch.works) and all(work.keeps_plans for work in batch.works),
         )
         if moved is None:
             return None

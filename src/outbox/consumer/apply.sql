@@ -55,7 +55,8 @@ select a.log_id, a.shard, a.window_no, a.ordinal
 -- until the batch ends: their lock is shared by batches, and held alone by whoever merges a page. And whether the consumer
 -- has other caches of the topic, which this process does not feed, and which count as complete or are being completed.
 -- A process that is frozen from here on loses the batch.
--- The batch's statements are planned each time: a plan kept from when the cache was empty reads all of it later.
+-- A plan kept from when the cache was empty reads all of it later, so the batch's statements are planned each time; but
+-- where all of them are right under any plan that uses indexes ($15), theirs are kept.
 -- Locks: one row of positions, at most one row of applied a log and shard; by primary keys.
 with moved as (
     update outbox.positions p set next_offset = $6, last_event_id = $7, updated_at = clock_timestamp()
@@ -76,7 +77,8 @@ select outbox.waiting_parkers($12, $2) as parkers,
                 where c.consumer = $1 and c.topic = $2 and c.name <> all ($14)
                   and (c.complete_log is not null or not c.has_gap or r.pages > 0 or r.worker is not null)) as passes_by,
        set_config('idle_in_transaction_session_timeout', $13, true) as idle_timeout,
-       set_config('plan_cache_mode', 'force_custom_plan', true) as planning
+       set_config('plan_cache_mode', case when $15::boolean then 'force_generic_plan' else 'force_custom_plan' end, true) as planning,
+       case when $15 then set_config('enable_seqscan', 'off', true) end as scanning
   from moved
 
 -- name: lose_events

@@ -25,7 +25,7 @@ Guarantees, and what a crash does to them:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from pydantic import TypeAdapter
 
@@ -113,6 +113,7 @@ class InboxTarget:
 class InboxWork:
     """What a batch brings to one inbox."""
 
+    keeps_plans: ClassVar = False  # handlers run statements of their own
     target: InboxTarget
     partition: int
     unknown: int = 0

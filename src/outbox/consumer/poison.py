@@ -146,6 +146,11 @@ class Work:
                 work.queues.append(Queue(key, folded.fault, folded.queue))
         return work
 
+    @property
+    def keeps_plans(self) -> bool:
+        """Full rows alone: see `merge_rows`."""
+        return all(change.kind is Kind.ROW for change in self.changes)
+
     def steps_of(self, key: str) -> list[Step]:
         """All steps of a key, in order."""
         if key in self._kept:

@@ -44,6 +44,10 @@ class Work(Protocol):
     def target(self) -> "Target":
         """Whose work it is."""
 
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether its statements are right under plans made when tables were empty, as long as indexes are used."""
+
     async def run(self, connection: Connection, *, waiting: bool, careful: bool) -> Tally:
         """Do it, in the batch's transaction, whose row of `outbox.positions` is locked.
 

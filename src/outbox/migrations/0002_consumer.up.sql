@@ -77,16 +77,25 @@ comment on function outbox.tell_of_swap is 'Processes that remember rows forget 
 create trigger caches_tell_of_swap after update of role on outbox.caches
     for each row when (old.role <> new.role) execute function outbox.tell_of_swap();
 
+create function outbox.page_order(p_log_id text, p_snapshot pg_snapshot) returns bigint[]
+language sql immutable strict parallel safe as $$
+    select array[outbox.log_ordinal(p_log_id), pg_snapshot_xmax(p_snapshot)::text::bigint,
+                 -(select count(*) from pg_snapshot_xip(p_snapshot))]
+$$;
+comment on function outbox.page_order is 'Orders pages: what an earlier one sees, a later one sees too';
+
 create table outbox.pages (
     id bigint generated always as identity primary key,
     cache regclass not null references outbox.caches on delete cascade,
     log_id text not null,
     snapshot pg_snapshot not null,
+    place bigint[] not null generated always as (outbox.page_order(log_id, snapshot)) stored,
     merged_at timestamptz not null default clock_timestamp(),
     constraint pages_log_id_check check (log_id ~ '^[0-9a-f]{1,15}-[0-9a-f]{4}$')
 );
-create index idx_pages_cache on outbox.pages (cache);
+create index idx_pages_cache_place on outbox.pages (cache, place);
 comment on table outbox.pages is 'Pages of the owner that were merged: what their snapshot sees is older than the rows that they wrote';
+comment on column outbox.pages.place is 'Among the pages of a cache; see outbox.page_order';
 
 create table outbox.page_ranges (
     page_id bigint primary key references outbox.pages on delete cascade,
@@ -179,13 +188,6 @@ language sql immutable parallel safe as $$
         or outbox.log_ordinal(p_log_id) >= outbox.log_ordinal(p_other_log_id)
 $$;
 comment on function outbox.supersedes is 'Whether an event of the first log may replace what the second wrote: the higher ordinal wins, arrival decides within one log';
-
-create function outbox.page_order(p_log_id text, p_snapshot pg_snapshot) returns bigint[]
-language sql immutable strict parallel safe as $$
-    select array[outbox.log_ordinal(p_log_id), pg_snapshot_xmax(p_snapshot)::text::bigint,
-                 -(select count(*) from pg_snapshot_xip(p_snapshot))]
-$$;
-comment on function outbox.page_order is 'Orders pages: what an earlier one sees, a later one sees too';
 
 create function outbox.page_sees(p_log_id text, p_snapshot pg_snapshot, p_event_log text, p_transaction_id xid8) returns boolean
 language sql immutable parallel safe as $$

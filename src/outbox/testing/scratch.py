@@ -69,7 +69,7 @@ class Scratch:
         copy: Cache[Any] = Cache(cache.row, table=self._parker, key=cache.key, topic=cache.topic)
         copy.handlers.update(cache.handlers)
         self._engines = [Engine(pool, self._consumer, f"consumer {number}", [copy]) for number in (1, 2)]
-        self._pages = Pages(pool, cache.row, merge, topic=cache.topic, parker=self._parker)
+        self._pages = Pages(pool, merge, topic=cache.topic, parker=self._parker)
         self._topic = cache.topic
         self._rows = merge.table.compose(SQL.rows)
         self._empty = merge.table.compose(SQL.empty)

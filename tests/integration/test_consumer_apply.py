@@ -402,7 +402,7 @@ async def test_every_statement_uses_an_index(pool: Pool) -> None:
     arguments = {
         "claim": ("c", "t", 0, 0, "o"),
         "applied": ("c", "t", 0),
-        "advance": ("c", "t", 0, 1, 0, 1, "id", ["1-aaaa"], [0], [1], [1], ["cache"], "1000", ["cache"]),
+        "advance": ("c", "t", 0, 1, 0, 1, "id", ["1-aaaa"], [0], [1], [1], ["cache"], "1000", ["cache"], False),
     }
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("set local enable_seqscan = off")

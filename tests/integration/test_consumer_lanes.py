@@ -435,7 +435,7 @@ async def test_a_revocation_waits_for_the_open_batch(pool: Pool, engine: Engine)
     merging, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(site: str, side: str) -> None:
-        if site.endswith(".merge") and side == "after":
+        if site.endswith(".merge_rows") and side == "after":
             merging.set()
             await go_on.wait()
 
@@ -489,7 +489,7 @@ async def test_a_poll_need_not_wait_for_the_batch_before_it(pool: Pool, engine: 
 
     async def hold(site: str, side: str) -> None:
         nonlocal merges
-        if site.endswith(".merge") and side == "after":
+        if site.endswith(".merge_rows") and side == "after":
             merges += 1
             merging.set()
             await go_on.wait()
@@ -518,7 +518,7 @@ async def test_polls_wait_while_enough_batches_are_open(engine: Engine, monkeypa
     merging, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(site: str, side: str) -> None:
-        if site.endswith(".merge") and side == "after":
+        if site.endswith(".merge_rows") and side == "after":
             merging.set()
             await go_on.wait()
 

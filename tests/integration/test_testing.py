@@ -132,7 +132,10 @@ async def test_a_cache_of_patches_needs_an_owner(pool: Pool) -> None:
 async def test_the_smallest_plan_is_told(pool: Pool) -> None:
     """Of a merge that does not ask whether a page sees an event."""
     unguarded = "or outbox.page_sees(n.log_id, n.snapshot, x.outbox_log, x.outbox_transaction_id) is not true"
-    with broken_statement(merge.SQL, "merge_rows", unguarded, "or true"):
+    with (
+        broken_statement(merge.SQL, "merge_rows", unguarded, "or true"),
+        broken_statement(merge.SQL, "merge_rows", "c.outbox_page is null", "true"),
+    ):
         story = await story_of(pool, make_cache(), EVENTS, owner=True)
     assert story == "\n".join(
         [

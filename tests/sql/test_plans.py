@@ -402,8 +402,7 @@ async def load_cache(connection: Connection) -> None:
     )
     await connection.execute(
         "insert into outbox.positions (consumer, topic, partition, next_offset, owner)"
-        " select 'c', case when i = 0 then 'topic' else 'topic-' || i end, 1, 0, 'o'"
-        "   from generate_series(0, $1::integer) i",
+        " select 'c', 'topic-' || i, 1, 0, 'o' from generate_series(1, $1::integer) i",
         POSITIONS,
     )
     await connection.execute(
@@ -432,6 +431,8 @@ async def measure_batches(url: str, situation: str) -> dict[str, dict[str, int]]
             await caching.create_table(pool)
         await keep_statistics(db, "outbox")
         await keep_statistics(db, "public")
+        # Without its row a batch ends here, before it has said how it is to be planned.
+        await apply.SQL.claim.fetch(db, "c", "topic", 1, 0, "owner")
         cached = await table.find(db, caching.CachedAgent, caching.TABLE, "agent_id")
         bounds = batch_statements(service, cached) | claim_statements(service)
         if situation != "planned while new":
@@ -459,6 +460,13 @@ async def test_a_batch_under_a_plan_that_was_kept_reads_the_whole_cache(database
         over = await measure_batches(database, "planned while new")
     assert over["merge of patches"][caching.TABLE] >= CACHED
     assert over["merge of deletions"][caching.TABLE] >= CACHED
+
+
+async def test_a_plan_that_was_kept_without_a_word_about_indexes_reads_all_deletions(database: str) -> None:
+    """Negative control of what keeps the plan of full rows right."""
+    with broken_statement(apply.SQL, "advance", "'enable_seqscan', 'off'", "'enable_seqscan', 'on'"):
+        over = await measure_batches(database, "planned while empty")
+    assert over["merge of rows"]["outbox.tombstones"] >= CACHED // 60
 
 
 # --------------------------------------------------------------------------------------------------- H26, a backlog

@@ -25,12 +25,12 @@ with newest as materialized (
 ), graves as materialized (
     -- Most caches delete nothing; the first condition is decided once and saves a probe for each key.
     -- The list is walked because PostgreSQL before 17 may filter all tombstones of the cache by `= any` instead.
-    select t.key, t.log_id, p.log_id as page_log, p.snapshot as page_snapshot
+    select t.key, t.place, t.log_id, p.log_id as page_log, p.snapshot as page_snapshot
       from unnest($2::text[]) k(key)
-     cross join lateral (select o.key, o.log_id, o.page_id from outbox.tombstones o
+     cross join lateral (select o.key, o.ctid as place, o.log_id, o.page_id from outbox.tombstones o
                           where o.cache = $1 and o.key = k.key offset 0) t
-      left join outbox.pages p on p.id = t.page_id
-     where exists (select from outbox.tombstones o where o.cache = $1)
+      left join lateral (select o.log_id, o.snapshot from outbox.pages o where o.id = t.page_id offset 0) p on true
+     where (select true from outbox.tombstones o where o.cache = $1 order by o.key limit 1)
 ), full_rows as materialized (
     select x.* from json_populate_recordset(null::{table}, $3::text::json) x
       left join newest n on true
@@ -45,8 +45,9 @@ with newest as materialized (
                               and (r.through_key is null or x.{key}::{key_type}{key_order} <= r.through_key)
                               and outbox.page_sees(r.log_id, r.snapshot, x.outbox_log, x.outbox_transaction_id)))
 ), unburied as (
-    delete from outbox.tombstones t using graves g
-     where t.cache = $1 and t.key = g.key and g.key in (select x.{key}::text from full_rows x)
+    -- By their place, which every plan finds at once; nobody else changes them while the batch has its locks.
+    delete from outbox.tombstones t
+     where t.ctid = any (array(select g.place from graves g where g.key in (select x.{key}::text from full_rows x)))
 )
 insert into {table} as c ({written})
 select {written_x} from full_rows x order by x.{key}

@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -61,11 +60,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 def main(
     *,
     events: Annotated[int, typer.Option(help="Events in the topic.", min=1_000)] = _DEFAULTS.events,
-    repeat: Annotated[int, typer.Option(help="Repetitions of each rate; medians are shown.", min=1)] = _DEFAULTS.repeat,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    kafka: Annotated[bool, typer.Option("--kafka", help="Apache Kafka instead of the embedded broker.")] = False,
+    repeat: command.Repeat = _DEFAULTS.repeat,
+    json_file: command.JsonFile = None,
+    kafka: command.Kafka = False,
     only: Annotated[list[Part] | None, typer.Option(help="Measure this part; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes, no result.")] = False,
+    quick: command.Quick = False,
 ) -> None:
     """Measure a consumer: events of about 200 bytes from Kafka into a cache; the upsert alone; a plain handler.
 
@@ -73,10 +72,9 @@ def main(
     """
     plan = Plan(events=events, repeat=repeat)
     plan = plan.quick() if quick else plan
-    parts = [part for part in _PARTS if part in (only or _PARTS)]
     console, report = command.console(), Report()
-    title = "Medians" + (" of small sizes: not a result" if quick else "")
-    command.finish(measure(parts, plan, report, console, kafka=kafka), report, console, json_file, title)
+    measurement = measure(command.chosen(_PARTS, only), plan, report, console, kafka=kafka)
+    command.finish(measurement, report, console, json_file, command.title(quick=quick))
 
 
 if __name__ == "__main__":

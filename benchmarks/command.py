@@ -1,9 +1,9 @@
-"""What the commands share: the console, how busy the machine is without us, errors that end a run in one line."""
+"""What the commands share: options, the console, how busy the machine is, errors that end a run in one line."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, TypeVar
 
 import psutil
 import typer
@@ -13,6 +13,13 @@ from benchmarks.processes import ProcessFailedError
 from benchmarks.real_kafka import UnavailableError
 from benchmarks.report import Report
 from outbox.embedded import EmbeddedServerError
+
+Repeat = Annotated[int, typer.Option(help="Repetitions of each rate; medians are shown.", min=1)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Kafka = Annotated[bool, typer.Option("--kafka", help="Apache Kafka instead of the embedded broker.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes, no result.")]
+
+P = TypeVar("P")
 
 _PLAIN_WIDTH: Final = 120
 _QUIET_PERCENT: Final = 10.0
@@ -36,7 +43,19 @@ def warn_of_noise(report: Report, console: Console) -> None:
         console.print("[yellow]Other programs kept this machine busy: trust CPU an event, not rates or latency.[/]")
 
 
-def finish(measurement: Awaitable[None], report: Report, console: Console, json_file: Path | None, title: str) -> None:
+def chosen(parts: Iterable[P], only: list[P] | None) -> list[P]:
+    """The parts that were asked for, in their own order; all of them where none was."""
+    return [part for part in parts if part in (only or [part])]
+
+
+def title(*, quick: bool) -> str:
+    """Above the figures."""
+    return "Medians" + (" of small sizes: not a result" if quick else "")
+
+
+def finish(
+    measurement: Awaitable[None], report: Report, console: Console, json_file: Path | None, heading: str
+) -> None:
     """Measure, then show and write what there is, also where it ended early.
 
     Raises:
@@ -54,4 +73,4 @@ def finish(measurement: Awaitable[None], report: Report, console: Console, json_
     finally:
         if json_file is not None:
             report.write(json_file)
-        report.show(console, title)
+        report.show(console, heading)

@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -71,14 +70,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 def main(
     *,
     events: Annotated[int, typer.Option(help="Events of a backlog.", min=1_000)] = _DEFAULTS.events,
-    repeat: Annotated[int, typer.Option(help="Repetitions of each rate; medians are shown.", min=1)] = _DEFAULTS.repeat,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    kafka: Annotated[bool, typer.Option("--kafka", help="Apache Kafka instead of the embedded broker.")] = False,
+    repeat: command.Repeat = _DEFAULTS.repeat,
+    json_file: command.JsonFile = None,
+    kafka: command.Kafka = False,
     debezium: Annotated[
         bool, typer.Option("--debezium", help="Add Debezium (Java 17, Maven); implies --kafka.")
     ] = False,
     only: Annotated[list[Part] | None, typer.Option(help="Measure this part; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes, no result.")] = False,
+    quick: command.Quick = False,
 ) -> None:
     """Measure the relay: a backlog of events of about 200 bytes, a steady rate, kill -9, idle; its limits; its peers.
 
@@ -86,11 +85,10 @@ def main(
     """
     plan = Plan(events=events, repeat=repeat)
     plan = plan.quick() if quick else plan
-    parts = [part for part in _PARTS if part in (only or _PARTS) and (debezium or part is not Part.DEBEZIUM)]
+    parts = [part for part in command.chosen(_PARTS, only) if debezium or part is not Part.DEBEZIUM]
     console, report = command.console(), Report()
-    title = "Medians" + (" of small sizes: not a result" if quick else "")
     measurement = measure(parts, plan, report, console, kafka=kafka or debezium)
-    command.finish(measurement, report, console, json_file, title)
+    command.finish(measurement, report, console, json_file, command.title(quick=quick))
 
 
 if __name__ == "__main__":

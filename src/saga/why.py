@@ -30,11 +30,14 @@ def why(found: Instance) -> Why:
         return _held(found)
     if found.ready_at is not None:
         return _ready(found)
-    if found.state == "compensating":
-        return _compensating(found)
-    if found.state == "waiting":
-        return _waiting(found)
-    return _ended(found)
+    if found.state not in ("compensating", "waiting"):
+        return _ended(found)
+    because = _compensating(found) if found.state == "compensating" else _waiting(found)
+    if found.servers == 0 and found.wake_at is not None and found.wake_at <= found.now:
+        return Why(
+            text=f"{because.text} That has come, and {_nobody(found)}", remedy=_start_one(found), needs_person=True
+        )
+    return because
 
 
 # ------------------------------------------------------------------------------------------------ ended
@@ -79,8 +82,7 @@ def _ready(found: Instance) -> Why:
     assert found.ready_at is not None
     if found.servers == 0:
         return Why(
-            text=f"It wants a worker since {clock_time(found.ready_at)}, and no living one serves {found.name} version "
-            f"{found.version}.",
+            text=f"It wants a worker since {clock_time(found.ready_at)}, and {_nobody(found)}",
             remedy=_start_one(found),
             needs_person=True,
         )
@@ -89,6 +91,10 @@ def _ready(found: Instance) -> Why:
     return Why(
         text=f"It is ready since {clock_time(found.ready_at)}; {workers} it, and the next free one takes it.{crashes}"
     )
+
+
+def _nobody(found: Instance) -> str:
+    return f"no living worker serves {found.name} version {found.version}."
 
 
 def _start_one(found: Instance) -> str:

@@ -83,6 +83,16 @@ def test_migrate_up_status_and_down(environment: dict[str, str]) -> None:
     assert outbox(environment, "migrate", "down").stdout == "nothing to do\n"
 
 
+def test_migrate_up_and_down_tell_programs_what_they_did(environment: dict[str, str]) -> None:
+    done = json.loads(outbox(environment, "migrate", "up", "--to", "1", "--json").stdout)
+    assert done == [{"migration": "outbox 0001_log", "done": "applied"}]
+    assert json.loads(outbox(environment, "migrate", "up", "--to", "1", "--json").stdout) == []
+    refused = outbox(environment, "migrate", "down", "--json")
+    assert (refused.returncode, "repeat with --yes" in refused.stderr, refused.stdout) == (2, True, "")
+    back = json.loads(outbox(environment, "migrate", "down", "--yes", "--json").stdout)
+    assert back == [{"migration": "outbox 0001_log", "done": "took back"}]
+
+
 def test_down_tells_what_would_be_lost_and_does_nothing_unasked(migrated: dict[str, str]) -> None:
     sql(migrated, "select outbox.emit('t', 'topic', 'k', '{}')")
     refused = outbox(migrated, "migrate", "down", "--to", "0")

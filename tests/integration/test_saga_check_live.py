@@ -215,7 +215,7 @@ async def test_the_command_says_which_instance_which_step_what_and_what_to_do(sa
         "reserve#1",
         "charge#1",
         "declare the changed one",
-        "1 of undone not",
+        "undone (1)",
     ):
         assert text in said.out
     assert "2 in flight replayed, the code goes on with 1" in said.out

@@ -84,7 +84,7 @@ async def test_what_is_no_longer_waited_for_is_not_named(pool: Pool) -> None:
 async def test_one_that_wants_a_worker_says_whether_there_is_any(pool: Pool) -> None:
     handle = await sleeps.start(pool, Order())
     because = await sentence(pool, handle.id)
-    fits(because, r"It wants a worker since MOMENT, and no living one serves sleeps version 1\.")
+    fits(because, r"It wants a worker since MOMENT, and no living worker serves sleeps version 1\.")
     assert because.needs_person
     assert because.remedy == "start a worker whose code has sleeps version 1: saga worker --app MODULE"
     await pool.execute(
@@ -95,6 +95,19 @@ async def test_one_that_wants_a_worker_says_whether_there_is_any(pool: Pool) -> 
     because = await sentence(pool, handle.id)
     fits(because, r"It is ready since MOMENT; 1 worker serves it, and the next free one takes it\.")
     assert not because.needs_person
+
+
+async def test_one_whose_time_has_come_and_that_nobody_serves_says_so(pool: Pool) -> None:
+    """Red where only what is ready is looked at: workers ring the timers, so without one nothing ever gets ready."""
+    async with working(pool, sleeps):
+        handle = await sleeps.start(pool, Order())
+        await reaches(pool, handle.id, "waiting")
+    assert not (await sentence(pool, handle.id)).needs_person
+    await pool.execute("update saga.workflow_instances set wake_at = now() - interval '1 s' where id = $1", handle.id)
+    because = await sentence(pool, handle.id)
+    assert because.text.endswith("That has come, and no living worker serves sleeps version 1.")
+    assert because.needs_person
+    assert because.remedy == "start a worker whose code has sleeps version 1: saga worker --app MODULE"
 
 
 async def test_one_that_runs_names_its_worker_and_calls(pool: Pool) -> None:

@@ -1,5 +1,6 @@
 """`outbox migrate` and `saga migrate`: up, down, status, sql; `Options.package` says whose migrations."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -28,21 +29,30 @@ def up(
     context: typer.Context,
     *,
     to: Annotated[int | None, typer.Option("--to", metavar="N", help="Stop after migration N.")] = None,
+    as_json: AsJson = False,
     database_url: DatabaseUrl = None,
 ) -> None:
     """Apply what is missing; does nothing where nothing is."""
-    run(_up(settings_of(context, database_url=database_url), _package(context), to))
+    run(_up(settings_of(context, database_url=database_url), _package(context), to, as_json=as_json))
 
 
-async def _up(settings: Settings, package: str, to: int | None) -> None:
+async def _up(settings: Settings, package: str, to: int | None, *, as_json: bool) -> None:
     async with connected(settings, application="outbox migrate") as pool:
         try:
             applied = await migrate.up(pool, package=package, to=to)
         except ValueError as error:
             raise UsageProblem(str(error)) from error
-    for migration in applied:
-        out.print(f"applied {migration}")
-    if not applied:
+    _say("applied", applied, as_json=as_json)
+
+
+def _say(what: str, migrations: Sequence[migrate.Migration], *, as_json: bool) -> None:
+    """What was done to which of them."""
+    if as_json:
+        print_json([{"migration": str(migration), "done": what} for migration in migrations])
+        return
+    for migration in migrations:
+        out.print(f"{what} {migration}")
+    if not migrations:
         out.print("nothing to do")
 
 
@@ -54,25 +64,25 @@ def down(
         int | None, typer.Option("--to", metavar="N", help="Take back all above N; 0 takes back everything.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
     database_url: DatabaseUrl = None,
 ) -> None:
     """Take back the newest migration, and **the data in its tables**; stop relays, consumers and workers first."""
-    run(_down(settings_of(context, database_url=database_url), _package(context), to, yes=yes))
+    if as_json and not yes:
+        fail(UsageProblem("--json cannot ask; nothing was done, repeat with --yes to go ahead"))
+    run(_down(settings_of(context, database_url=database_url), _package(context), to, yes=yes, as_json=as_json))
 
 
-async def _down(settings: Settings, package: str, to: int | None, *, yes: bool) -> None:
+async def _down(settings: Settings, package: str, to: int | None, *, yes: bool, as_json: bool) -> None:
     async with connected(settings, application="outbox migrate") as pool:
         try:
             planned = await migrate.planned_down(pool, package=package, to=to)
         except ValueError as error:
             raise UsageProblem(str(error)) from error
-        if not planned:
-            out.print("nothing to do")
-            return
-        if not yes:
+        if planned and not yes:
             await _confirm(pool, package, planned)
-        for migration in await migrate.down(pool, package=package, to=planned[-1].number - 1):
-            out.print(f"took back {migration}")
+        done = await migrate.down(pool, package=package, to=planned[-1].number - 1) if planned else []
+    _say("took back", done, as_json=as_json)
 
 
 async def _confirm(pool: Pool, package: str, planned: tuple[migrate.Migration, ...]) -> None:

@@ -90,7 +90,8 @@ def saga_named(module_name: str, name: str, version: int | None = None) -> Saga[
         if version in (None, one.version):
             return one
     wanted = name if version is None else f"{name} version {version}"
-    raise UsageProblem(f"module {module_name} has no saga {wanted}; it has: {', '.join(sorted(named)) or 'none'}")
+    known = [f"version {one.version}" for one in named.get(name, [])] or sorted(named) or ["none"]
+    raise UsageProblem(f"module {module_name} has no saga {wanted}; it has: {', '.join(known)}")
 
 
 def plain(value: Any) -> Any:

@@ -14,13 +14,15 @@ from outbox.cli.status import age
 from outbox.cli.visible import visible
 from saga import inspection
 from saga.cli.common import Place, database, go, leave_with_problem, print_value, settings_for
-from saga.cli.timeline import STYLES, screen
+from saga.cli.timeline import STYLES, screen, sentence
 from saga.inspection import Instance, Summary, Undo
 from saga.settings import Settings
+from saga.why import Why
 from saga.why import why as reason_of
 
 _LIST_ROWS: Final = 50
-_NAME_COLUMNS: Final = 40
+_NAME_COLUMNS: Final = 48
+_NAME_MIN_COLUMNS: Final = 24
 _ID_COLUMNS: Final = 38
 _OTHER_COLUMNS: Final = 25
 _WHY_MIN_COLUMNS: Final = 12
@@ -79,7 +81,8 @@ async def _list(
 def _listed(shown: list[Summary], width: int) -> Table:
     """As much as the terminal has room for: the name of each can be pasted, so the id is shown where it fits."""
     names = [visible(f"{one.name}/{one.key}") for one in shown]
-    name_width = min(max(map(len, names)), _NAME_COLUMNS)
+    usual = sorted(map(len, names))[(len(names) - 1) * 9 // 10]  # a few long ones are folded, or all lose room
+    name_width = min(max(map(len, names)), max(usual, _NAME_MIN_COLUMNS), _NAME_COLUMNS)
     with_id = width >= name_width + _OTHER_COLUMNS + _ID_COLUMNS + _WHY_MIN_COLUMNS
     why_width = width - name_width - _OTHER_COLUMNS - (_ID_COLUMNS if with_id else 0)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -118,7 +121,8 @@ async def _show(settings: Settings, place: str, *, as_json: bool) -> None:
     if as_json:
         print_value({**_as_json(found), "why": asdict(because)})
     else:
-        out.print(screen(found, because))
+        out.print(screen(found, out.width))
+        _say(because)
     if because.needs_person:
         leave_with_problem()
 
@@ -137,11 +141,14 @@ async def _why(settings: Settings, place: str, *, as_json: bool) -> None:
     if as_json:
         print_value({"id": found.id, "name": found.name, "key": found.key, "state": found.state, **asdict(because)})
     else:
-        out.print(Text(visible(because.text)), soft_wrap=True)
-        if because.remedy is not None:
-            out.print(Text.assemble(("what to do: ", "bold"), visible(because.remedy)), soft_wrap=True)
+        _say(because)
     if because.needs_person:
         leave_with_problem()
+
+
+def _say(because: Why) -> None:
+    for line in sentence(because):
+        out.print(line, soft_wrap=True)
 
 
 def plan(context: typer.Context, instance: Place, *, as_json: AsJson = False, database_url: DatabaseUrl = None) -> None:

@@ -71,7 +71,7 @@ def _text(argument: str) -> str:
     if argument != "-":
         return argument
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         fail(UsageProblem("standard input is not UTF-8"))
 

@@ -98,8 +98,9 @@ def _show(report: Report) -> None:
             Text.assemble((f"{count:,} {kind}", _STYLES[kind]), f": {live.REMEDIES[kind]}"),
             soft_wrap=not out.is_terminal,
         )
-    for other, count in sorted(report.others.items()):
-        out.print(f"{count:,} of {visible(other)} not looked at: the module has no saga of that name", style="dim")
+    if report.others:
+        others = ", ".join(f"{visible(name)} ({count:,})" for name, count in sorted(report.others.items()))
+        out.print(f"not looked at, as the module has no such sagas: {others}", style="dim")
     goes_on = report.checked - sum(count for kind, count in report.counts.items() if kind != "no-code")
     style = "green" if not report.counts else ""
     out.print(Text(f"{report.checked:,} in flight replayed, the code goes on with {goes_on:,}", style=style))

@@ -27,7 +27,10 @@ STYLES: Final = {
     "pending": "dim",
 }
 _TEXT_MAX_CHARACTERS: Final = 300
-_BAR_WIDTH: Final = 20
+_BAR_COLUMNS: Final = 20
+_BAR_NARROW_COLUMNS: Final = 8
+_NARROW_COLUMNS: Final = 100
+"""Below this the line of time is shorter, so that there is room for what happened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +46,17 @@ class Event:
     detail: str = ""
 
 
-def screen(found: Instance, because: Why) -> Group:
-    """The instance, its timeline, and why it stands where it stands, where the eye ends."""
-    parts: list[RenderableType] = [_headline(found), *_facts(found), Text(""), _timeline(found), Text("")]
-    style = "bold red" if because.needs_person else "bold"
-    parts.append(Text(visible(because.text), style=style))
-    if because.remedy is not None:
-        parts.append(Text.assemble(("what to do: ", "bold"), visible(because.remedy)))
+def screen(found: Instance, columns: int) -> Group:
+    """The instance and its timeline, for a terminal of so many columns."""
+    parts: list[RenderableType] = [_headline(found), *_facts(found), Text(""), _timeline(found, columns), Text("")]
     return Group(*parts)
+
+
+def sentence(because: Why) -> Iterator[Text]:
+    """Why it stands where it stands; to be printed without breaking lines, or its commands could not be pasted."""
+    yield Text(visible(because.text), style="bold red" if because.needs_person else "bold")
+    if because.remedy is not None:
+        yield Text.assemble(("what to do: ", "bold"), visible(because.remedy))
 
 
 def _headline(found: Instance) -> Text:
@@ -67,9 +73,10 @@ def _headline(found: Instance) -> Text:
 def _facts(found: Instance) -> Iterator[Text]:
     end = found.completed_at or found.now
     took = age((end - found.created_at).total_seconds())
-    ended = f", ended after {took}" if found.completed_at else f", {took} ago"
-    yield Text(f"started {clock_time(found.created_at)}{ended}; deadline {clock_time(found.deadline_at)}", style="dim")
-    facts = [f"{found.checkpoints:,} checkpoints", f"claim {found.epoch:,}"]
+    ended = f"ended after {took}" if found.completed_at else f"{took} ago; deadline {clock_time(found.deadline_at)}"
+    yield Text(f"started {clock_time(found.created_at)}, {ended}", style="dim")
+    checkpoints = "1 checkpoint" if found.checkpoints == 1 else f"{found.checkpoints:,} checkpoints"
+    facts = [checkpoints, f"claim {found.epoch:,}"]
     if found.worker is not None or found.lease_owner is not None:
         facts.append(f"worker {found.worker or found.lease_owner}")
     if found.crash_count:
@@ -86,15 +93,17 @@ def _facts(found: Instance) -> Iterator[Text]:
             yield Text(visible(f"has the lock {lock.key} since {clock_time(lock.granted_at)}"), style="dim")
 
 
-def _timeline(found: Instance) -> Table:
+def _timeline(found: Instance, columns: int) -> Table:
     events = sorted(_events(found), key=lambda event: (event.at is None, event.at or found.now))
     ends = [event.at for event in events if event.at is not None]
     first, last = found.created_at, max([*ends, found.created_at])
+    bar = _BAR_COLUMNS if columns >= _NARROW_COLUMNS else _BAR_NARROW_COLUMNS
+    longest = max((len(visible(event.what)) for event in events), default=0)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, width=_BAR_WIDTH)
+    table.add_column(no_wrap=True, width=bar)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold", min_width=16)
+    table.add_column(overflow="fold", width=min(longest, columns * 2 // 5))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for event in events:
@@ -102,7 +111,7 @@ def _timeline(found: Instance) -> Table:
         style = STYLES.get(event.state, "")
         table.add_row(
             Text(when, style="dim"),
-            Text(_bar(event, first, last), style=style),
+            Text(_bar(event, first, last, bar), style=style),
             Text(event.mark, style=style),
             Text(visible(event.what)),
             Text(event.state, style=style),
@@ -111,14 +120,14 @@ def _timeline(found: Instance) -> Table:
     return table
 
 
-def _bar(event: Event, first: datetime, last: datetime) -> str:
+def _bar(event: Event, first: datetime, last: datetime, width: int) -> str:
     """Where on the line of time it lies."""
     span = (last - first).total_seconds()
     if event.at is None or span <= 0:
         return ""
 
     def column(moment: datetime) -> int:
-        return min(_BAR_WIDTH - 1, max(0, int((moment - first).total_seconds() / span * (_BAR_WIDTH - 1))))
+        return min(width - 1, max(0, int((moment - first).total_seconds() / span * (width - 1))))
 
     end = column(event.at)
     begin = min(end, column(event.since)) if event.since is not None else end
@@ -175,6 +184,8 @@ def _task(task: Task) -> Event:
 def _undo(row: Undo) -> Event:
     attempts = f"{row.attempts} attempts; " if row.attempts > 1 else ""
     told = f"skipped: {row.resolution}" if row.resolution else row.error or ""
+    if row.not_before is not None and row.status == "pending":
+        told = f"not before {row.not_before:%H:%M:%S}; {told}".removesuffix("; ")
     needed = "" if row.required or row.status != "failed" else "need not be; "
     return Event(
         at=row.executed_at if row.status in ("completed", "failed") else None,

@@ -10,9 +10,11 @@ from saga import Failed, Handle
 from saga.errors import NotFound, NotPossible, NotWaiting, PayloadError
 from saga.inspection import find, instances, read
 from saga.operate import cancel, pause, resume, settle, signal, skip, start
+from saga.state import step_key
 from saga.why import why
 from tests.support import changed_sagas as changed
-from tests.support.saga_cases import Switch, asks, buggy, commands, pair, pivoted, retries, sleeps, undone
+from tests.support.pages import ROOT, blocks
+from tests.support.saga_cases import Switch, asks, buggy, commands, pair, parent, pivoted, retries, sleeps, undone
 from tests.support.saga_worker import (
     SERVICE,
     Order,
@@ -278,6 +280,42 @@ async def test_the_list_is_by_state_saga_and_age(saga_pool: Pool) -> None:
     assert [one.id for one in await instances(saga_pool, name="commands", limit=9)] == [second.id]
     assert await instances(saga_pool, older_than_seconds=3600, limit=9) == []
     assert len(await instances(saga_pool, limit=1)) == 1
+
+
+async def test_the_manuals_statement_forgets_what_has_ended_long_ago_and_nothing_else(saga_pool: Pool) -> None:
+    [forget] = [block.body for block in blocks(ROOT / "docs" / "operations.md") if "with old as" in block.body]
+    async with working(saga_pool, pair, undone, asks, parent):
+        done = await pair.start(saga_pool, Order())
+        assert await done.result(timeout=10) == "A1paid"
+        back = await undone.start(saga_pool, Order())
+        await reaches(saga_pool, back.id, "failed")
+        waits = await asks.start(saga_pool, Order())
+        await reaches(saga_pool, waits.id, "waiting")
+        family = await parent.start(saga_pool, Order())
+        await reaches(saga_pool, family.id, "waiting")
+        await signal(saga_pool, step_key(family.id, "asks#1"), "Approval", "{}", None)
+        await reaches(saga_pool, family.id, "completed")
+    fresh = await rows_of_sagas(saga_pool)
+    assert (await saga_pool.fetchval(forget), await rows_of_sagas(saga_pool)) == (0, fresh)
+    await saga_pool.execute("update saga.workflow_instances set completed_at = completed_at - interval '91 days'")
+    assert await saga_pool.fetchval(forget) == 3, "a child stays as long as its parent"
+    assert await saga_pool.fetchval(forget) == 1
+    left = await rows_of_sagas(saga_pool)
+    assert {name: ids for name, ids in left.items() if ids} == {
+        "workflow_instances": {waits.id},
+        "tasks": {waits.id},
+    }
+    async with working(saga_pool, asks):
+        await signal(saga_pool, waits.id, "Approval", "{}", None)
+        assert await waits.result(timeout=10) == "approved"
+
+
+async def rows_of_sagas(pool: Pool) -> dict[str, set[UUID]]:
+    """Of which instances there are rows, by table."""
+    tables = ("tasks", "saga_compensations", "signals", "late_results", "interventions", "locks")
+    rows = {name: await pool.fetch(f"select instance_id as id from saga.{name}") for name in tables}
+    rows["workflow_instances"] = await pool.fetch("select id from saga.workflow_instances")
+    return {name: {row["id"] for row in found} for name, found in rows.items()}
 
 
 async def test_what_cannot_be_is_refused(saga_pool: Pool) -> None:

@@ -51,3 +51,4 @@ async def misuse() -> None:
     lab.signal(order)  # type: ignore[arg-type]
     await lab.run("order")  # type: ignore[arg-type]
     await lab.explore(order)  # type: ignore[call-arg] # in which world?
+    await lab.explore(order, world={})  # type: ignore[arg-type] # each history has a new one

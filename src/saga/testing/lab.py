@@ -13,7 +13,7 @@ a test has said about a step holds for its compensation, too: that is noted, and
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, Generic, cast
@@ -194,7 +194,7 @@ class Lab(Generic[A, R]):
         """
         return (await self.attempt(request, Choices(), self._deps)).outcome
 
-    async def explore(self, request: A, *, world: Any, depth: int = 2, histories: int = 5_000) -> None:
+    async def explore(self, request: A, *, world: Callable[[], object], depth: int = 2, histories: int = 5_000) -> None:
         """Try everything that can go wrong, once and in pairs, in a new world each time.
 
         See `saga.testing.explore`: it says what is tried, and what must hold.

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks import command, saga_floor, saga_size, saga_takeover, sagas
+from benchmarks import command, saga_floor, saga_processes, saga_size, saga_takeover, sagas
 from benchmarks.peer_workflows import ABSURD, DBOS, EDDA
 from benchmarks.real_kafka import UnavailableError
 from benchmarks.report import Report
@@ -37,6 +37,7 @@ class Part(StrEnum):
     FLOOR = "floor"
     LONG = "long"
     COMPENSATING = "compensating"
+    PROCESSES = "processes"
     DBOS = "dbos"
     ABSURD = "absurd"
     EDDA = "edda"
@@ -51,6 +52,7 @@ _PARTS: Final[dict[Part, Callable[[Ground, Plan, Report], Awaitable[None]]]] = {
     **{part: peer.measure for part, peer in _PEERS.items()},
     Part.LONG: sagas.long,
     Part.COMPENSATING: sagas.compensating,
+    Part.PROCESSES: saga_processes.processes,
     Part.TAKEOVER: saga_takeover.takeover,
     Part.SIZE: saga_size.size,
 }
@@ -97,11 +99,12 @@ async def _available(parts: list[Part], console: Console) -> list[Part]:
 def _shares(plan: Plan, report: Report) -> None:
     """Of the floor of the same run, and against the peers."""
     report.section("Sagas as a share of the floor")
-    for concurrent in (1, *plan.concurrent):
-        rate, limit = f"saga_per_second_c{concurrent}", f"checkpoint_floor_per_second_c{concurrent}"
-        if rate in report and limit in report:
-            share = report[rate] / report[limit]
-            report.add(f"share_of_floor_c{concurrent}", share, "ratio", plan.count(plan.sagas, concurrent))
+    for name, kind in (("share_of_floor", "saga"), ("two_services_share_of_floor", "two_services")):
+        for concurrent in (1, *plan.concurrent):
+            rate, limit = f"{kind}_per_second_c{concurrent}", f"checkpoint_floor_per_second_c{concurrent}"
+            if rate in report and limit in report:
+                share = report[rate] / report[limit]
+                report.add(f"{name}_c{concurrent}", share, "ratio", plan.count(plan.sagas, concurrent))
     rates = [report[rate] for c in plan.concurrent if (rate := f"saga_per_second_c{c}") in report]
     for peer in _PEERS.values():
         if rates and (rate := f"{peer.name}_per_second") in report:

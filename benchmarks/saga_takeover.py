@@ -26,7 +26,7 @@ async def takeover(ground: Ground, plan: Plan, report: Report) -> None:
     with Child("first", command, {"SAGA_STEP": "hang"}) as first:
         await _until(ground.pool, "lease_owner is not null and checkpoint_no > 0", plan.in_flight)
         with Child("second", command):
-            await _until_alive(ground.pool, 2)
+            await until_alive(ground.pool, 2)
             first.kill()
             began = time.perf_counter()
             await _until(ground.pool, "lease_epoch > 2", plan.in_flight)
@@ -50,7 +50,8 @@ async def _until(pool: Pool, condition: str, count: int) -> None:
             await asyncio.sleep(_LOOK_SECONDS)
 
 
-async def _until_alive(pool: Pool, count: int) -> None:
+async def until_alive(pool: Pool, count: int) -> None:
+    """Wait for so many workers."""
     query = "select count(*) from saga.workers where alive_until > clock_timestamp()"
     async with asyncio.timeout(_RESULT_SECONDS):
         while await pool.fetchval(query) < count:  # noqa: ASYNC110 - another process's state

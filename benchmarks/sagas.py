@@ -112,12 +112,18 @@ class Measured:
     """What one run took."""
 
     count: int
-    per_second: float
+    began: float
+    ended: float
     commits: int
     wal_bytes: int
     cpu_seconds: float
     server_cpu_seconds: float | None
     gaps: list[float]
+
+    @property
+    def per_second(self) -> float:
+        """Sagas."""
+        return self.count / (self.ended - self.began)
 
 
 async def run(
@@ -126,21 +132,36 @@ async def run(
     """Clients that start a saga, wait for its result, and start the next one, in one process with the worker."""
     clock = Clock()
     async with Worker(ground.pool, "", one, deps=clock, settings=Settings()):
-        await _clients(ground.pool, one, 50 + concurrent, concurrent, rejected=rejected)  # connections, plans, tables
-        clock.gaps.clear()
-        before, server_cpu = await counters(ground.pool), ground.server_cpu_seconds()
-        cpu, began = time.process_time(), time.perf_counter()
-        await _clients(ground.pool, one, count, concurrent, rejected=rejected)
-        took, cpu = time.perf_counter() - began, time.process_time() - cpu
-        after, server_cpu_after = await counters(ground.pool), ground.server_cpu_seconds()
+        return await measured(ground, one, count, concurrent, clock, rejected=rejected)
+
+
+async def measured(
+    ground: Ground,
+    one: Saga[Order, str],
+    count: int,
+    concurrent: int,
+    clock: Clock | None = None,
+    *,
+    rejected: bool = False,
+) -> Measured:
+    """The same beside a worker that is there already; `clock` is the one that it has, if it is in this process."""
+    await _clients(ground.pool, one, 50 + concurrent, concurrent, rejected=rejected)  # connections, plans, tables
+    gaps = clock.gaps if clock is not None else []
+    gaps.clear()
+    before, server_cpu = await counters(ground.pool), ground.server_cpu_seconds()
+    cpu, began = time.process_time(), time.perf_counter()
+    await _clients(ground.pool, one, count, concurrent, rejected=rejected)
+    ended, cpu = time.perf_counter(), time.process_time() - cpu
+    after, server_cpu_after = await counters(ground.pool), ground.server_cpu_seconds()
     return Measured(
         count=count,
-        per_second=count / took,
+        began=began,
+        ended=ended,
         commits=after.commits - before.commits,
         wal_bytes=after.wal_bytes - before.wal_bytes,
         cpu_seconds=cpu,
         server_cpu_seconds=server_cpu_after - server_cpu if server_cpu_after and server_cpu else None,
-        gaps=clock.gaps or [0.0],
+        gaps=gaps or [0.0],
     )
 
 

@@ -67,6 +67,8 @@ PROMISED_OF_SAGAS = {
     "saga10_per_second_c200": "sagas/s",
     "compensated_per_second_c200": "sagas/s",
     "compensated10_per_second_c1000": "sagas/s",
+    "apart_per_second_c200": "sagas/s",
+    "two_services_per_second_c200": "sagas/s",
     "takeover_10k_seconds": "s",
     "step_cost_10k_ms": "ms",
     "step_cost_1m_ms": "ms",
@@ -157,7 +159,7 @@ def test_consumers_values_make_sense(of_consumers: dict[str, dict[str, object]])
 
 @pytest.fixture(scope="module")
 def of_sagas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    parts = ("happy", "floor", "long", "compensating", "takeover", "size")  # not those that need peers
+    parts = ("happy", "floor", "long", "compensating", "processes", "takeover", "size")  # not those that need peers
     return measured("saga", tmp_path_factory.mktemp("benchmark"), *parts)
 
 

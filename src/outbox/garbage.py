@@ -4,14 +4,19 @@ A batch of some thousand events is a hundred thousand objects that all live unti
 reference counts. The collector runs after each 700 new ones (its default), looks at every one of them up to three
 times and finds nothing: a third of a consumer's CPU, and of a rebuild's. So it rests for a section without an await, of
 a bounded number of records, and the objects are gone when it wakes.
+
+A worker of sagas has no such sections: its instances are some ten thousand objects that live for milliseconds, across
+many awaits. There the collector runs, but only after `SELDOM` new objects (`seldom`).
 """
 
 import gc
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
+SELDOM: Final = 20_000
+"""New objects before the collector looks for those that only hold each other."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -26,6 +31,29 @@ def held() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+class _Seldom:
+    """How many want it now, and how it was before the first of them."""
+
+    users = 0
+    before = gc.get_threshold()
+
+
+@contextmanager
+def seldom() -> Iterator[None]:
+    """Fewer collections within the block, of any length; a threshold that is higher already, or none, stays."""
+    if _Seldom.users == 0:
+        _Seldom.before = gc.get_threshold()
+        if 0 < _Seldom.before[0] < SELDOM:
+            gc.set_threshold(SELDOM, *_Seldom.before[1:])
+    _Seldom.users += 1
+    try:
+        yield
+    finally:
+        _Seldom.users -= 1
+        if _Seldom.users == 0 and gc.get_threshold()[0] == SELDOM:  # else somebody else has set it meanwhile
+            gc.set_threshold(*_Seldom.before)
 
 
 def held_in_steps(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Awaitable[T]]:

@@ -188,10 +188,8 @@ class Calls:
 
     def expire(self, now: datetime) -> None:
         """Commands whose reply did not come in time; after the pivot also those whose reply says that nobody knows."""
-        if not self._ledger.intents:
-            return
-        for intent in list(self._ledger.open_intents()):
-            if intent.kind != "remote":
+        for intent in tuple(self._ledger.intents.values()):
+            if intent.kind != "remote" or intent.path in self._ledger.by_path:
                 continue
             ended = self._ledger.ended.get(intent.path)
             if ended is not None and ended.outcome == "unknown" and self.pivoted:

@@ -299,7 +299,7 @@ class Execution:
         self._has_heard = False
         self._calls.expire(now)
         self._forward.advance(now)
-        if first and isinstance(self._forward.body.position, At):
+        if first and self._ledger.intents and isinstance(self._forward.body.position, At):
             self._calls.claimed(self._saga.find, now)  # only now it is known that the code agrees with the intents
             self._forward.advance(now)
         return self._forward.body

@@ -165,13 +165,11 @@ class Forward:
             index += 1
 
     def _check_intents(self, at: At) -> None:
-        intents, by_path = self._ledger.intents, self._ledger.by_path
-        if not intents:
-            return
-        slots = {slot.path: slot for slot in at.slots}
-        for path, intent in intents.items():
-            if path in by_path:
+        slots: dict[str, Slot] = {}
+        for path, intent in self._ledger.intents.items():
+            if path in self._ledger.by_path:
                 continue
+            slots = slots or {slot.path: slot for slot in at.slots}
             slot = slots.get(path)
             if slot is None:
                 asked = min(slots)

@@ -74,6 +74,8 @@ LOOP_STALL_MAX_SECONDS: Final = 60.0
 
 # Group commit.
 GROUP_MAX_INSTANCES: Final = 500
+GROUP_SPLIT_INSTANCES: Final = 64
+"""Where more than so many wait, half of them are sent at a time."""
 GROUP_MAX_BYTES: Final = 4_194_304
 LOCKED_WAIT_SECONDS: Final = 1.0
 """How long a checkpoint waits for the row of its instance at a time, while somebody else has it locked."""

@@ -255,7 +255,7 @@ class Runner:
 
     def _start(self, decision: Decision) -> None:
         """Begin the work of a decision, unless the worker is leaving."""
-        if self._leaving:
+        if not decision.start or self._leaving:
             return
         is_free = not (decision.checkpoint or decision.look or self._flights or self._landed)
         if is_free and len(decision.start) == 1 and decision.start[0].kind in _CALLS:

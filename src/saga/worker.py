@@ -24,7 +24,7 @@ import asyncio
 import logging
 from typing import Any, Final
 
-from outbox import postgres, retry
+from outbox import garbage, postgres, retry
 from outbox.loop import Loop
 from outbox.postgres import Pool
 from outbox.upkeep import migrate
@@ -120,7 +120,8 @@ class Worker(Loop):
             for task in (writing, reading):
                 task.add_done_callback(lambda _: self.stop())  # it ends by itself only with an error, raised below
             try:
-                await (self._serve() if self._sagas else self._stopping.wait())
+                with garbage.seldom():
+                    await (self._serve() if self._sagas else self._stopping.wait())
             finally:
                 exchange.stop()
                 await self._cut_off()

@@ -105,9 +105,15 @@ class Writer:
                 entry.answer.cancel()
 
     def _next_group(self) -> list[_Entry]:
+        """What is sent next: half of what waits, where that is much, so that both sides have something to do.
+
+        If all went at once, the server would have nothing to do while their instances are decided, and this process
+        nothing while the server writes, and so on for ever, because all are answered at once.
+        """
         group: list[_Entry] = []
         size_bytes = 0
-        while self._queue and len(group) < limits.GROUP_MAX_INSTANCES:
+        most = max(limits.GROUP_SPLIT_INSTANCES, len(self._queue) // 2)
+        while self._queue and len(group) < min(most, limits.GROUP_MAX_INSTANCES):
             size_bytes += self._queue[0].size_bytes
             if group and size_bytes > limits.GROUP_MAX_BYTES:
                 break

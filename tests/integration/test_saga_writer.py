@@ -36,6 +36,24 @@ async def test_checkpoints_that_arrive_meanwhile_share_a_commit(saga_pool: Pool)
     assert (made.checkpoints, made.groups) == (50, 1)
 
 
+async def test_of_many_that_wait_half_are_sent_at_a_time(saga_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the server and the deciders have something to do at the same time. Red where all of them are sent."""
+    monkeypatch.setattr("saga.limits.GROUP_SPLIT_INSTANCES", 5)
+    _, leases = await begun(saga_pool, *(f"k{n}" for n in range(20)))
+    sizes: list[int] = []
+    real = journal.write
+
+    async def counts(db: Any, checkpoints: Sequence[Checkpoint], **options: Any) -> list[Written]:
+        sizes.append(len(checkpoints))
+        return await real(db, checkpoints, **options)
+
+    monkeypatch.setattr(journal, "write", counts)
+    async with writing(saga_pool) as made:
+        answers = await asyncio.gather(*(made.submit(checkpoint(lease.claimed, rows=(task(1),))) for lease in leases))
+    assert {answer.kind for answer in answers} == {"applied"}
+    assert sizes == [10, 5, 5]
+
+
 @pytest.mark.parametrize("rule", ["kept", "removed"])
 async def test_a_locked_instance_holds_up_nobody_and_is_written_when_it_is_free(
     saga_pool: Pool, monkeypatch: pytest.MonkeyPatch, rule: str

@@ -11,8 +11,10 @@ from outbox import garbage
 
 @pytest.fixture(autouse=True)
 def collector() -> Iterator[None]:
+    before = gc.get_threshold()
     yield
     gc.enable()
+    gc.set_threshold(*before)
 
 
 def test_it_rests_within_the_block_also_a_nested_one() -> None:
@@ -78,3 +80,31 @@ async def test_errors_and_cancellations_reach_the_coroutine() -> None:
         await task
     assert seen == [asyncio.CancelledError]
     assert gc.isenabled()
+
+
+def test_it_runs_seldom_until_the_last_of_those_who_want_that_has_gone() -> None:
+    """Red where the first one that goes sets it back, and where the last one does not."""
+    gc.set_threshold(700, 11, 12)
+    first, second = garbage.seldom(), garbage.seldom()
+    with first:
+        assert gc.get_threshold() == (garbage.SELDOM, 11, 12)
+        second.__enter__()
+    assert gc.get_threshold() == (garbage.SELDOM, 11, 12)
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == (700, 11, 12)
+
+
+@pytest.mark.parametrize("before", [0, 10 * garbage.SELDOM])
+def test_one_that_runs_still_more_seldom_is_left_alone(before: int) -> None:
+    """Red where the threshold is always set."""
+    gc.set_threshold(before, 11, 12)
+    with garbage.seldom():
+        assert gc.get_threshold() == (before, 11, 12)
+    assert gc.get_threshold() == (before, 11, 12)
+
+
+def test_what_somebody_else_has_set_meanwhile_stays() -> None:
+    """Red where the old threshold is always set again."""
+    with garbage.seldom():
+        gc.set_threshold(123, 11, 12)
+    assert gc.get_threshold() == (123, 11, 12)

@@ -109,12 +109,13 @@ class Compensating:
 
     def claimed(self, now: datetime) -> None:
         """After a claim: attempts of a process that is gone count; what made the instance pause is tried again."""
-        self.read(now)
+        for row in self.rows:
+            if row.status == "failed" and row.required:
+                self._change(row, status="pending", attempts=0, not_before=None)
+        self.read(now)  # what fails by that is no news of before the pause
         for row in self.rows:
             if row.status == "executing" and row.kind in ("step", "child"):
                 self._change(row, status="pending", attempts=row.attempts + (row.kind == "step"))
-            elif row.status == "failed" and row.required:
-                self._change(row, status="pending", attempts=0, not_before=None)
 
     def read(self, now: datetime) -> None:
         """Take in mail and late results."""
@@ -131,7 +132,11 @@ class Compensating:
         payload = json.loads(mail.payload)
         if mail.kind == "undone" and payload.get("round", 0) == row.round:
             error = payload.get("error")
-            self.told(Uncertain(path=row.path, error=error) if error else Completed(path=row.path), now)
+            asked = str(messages.undo_id(self._id, row))
+            if not error:
+                self.told(Completed(path=row.path), now)
+            elif payload.get("answers", asked) == asked:  # else of an attempt that has been counted
+                self.told(Uncertain(path=row.path, error=error), now)
         elif mail.kind == "child":
             undone = payload.get("state") in ("failed", "cancelled")
             if undone:
@@ -253,7 +258,7 @@ class Compensating:
         assert isinstance(target, Remote), target
         until = now + timedelta(seconds=self._retried(row).timeout_seconds)
         sent = replace(row, status="executing", not_before=until, late_seen=self._late_seen(row))
-        command = messages.undo(self._id, target, row, self._task(row), self._saga.reply_topic)
+        command = messages.undo(self._id, target, sent, self._task(row), self._saga.reply_topic)
         return Following(rows=(sent,), outbox=(command,), wake_at=until)
 
     def _has_begun(self, row: PlanRow) -> bool:

@@ -12,7 +12,8 @@ Headers of a command stand in `messages`. A reply has these:
 | `saga-answers` | the id of the command message: an undo that was sent again has an answer of its own   |
 
 The payload is what the saga's mailbox takes: `{"outcome": "completed", "output": ...}`, `{"outcome": "rejected" or
-"unknown", "error": "..."}` for a do, `{"round": 0}` or `{"round": 0, "error": "..."}` for an undo.
+"unknown", "error": "..."}` for a do, `{"round": 0}` or `{"round": 0, "error": "..."}` for an undo. To the latter the
+mailbox adds what `saga-answers` says, as `answers`: an old error must not be taken for one of a later attempt.
 """
 
 import json
@@ -127,9 +128,14 @@ def _reply(arrival: Arrival) -> Reply:
     if UUID(_text(headers, "saga-key")) != step_key(instance_id, path):
         raise ValueError("saga-key is not that of this step")
     payload = (arrival.record.value or b"").decode()
-    if not _fits(kind, _storable(payload), headers):
+    plain = _storable(payload)
+    if not _fits(kind, plain, headers):
         raise ValueError(f"the payload {payload[:100]!r} answers no {kind}")
-    dedupe_key = "do" if kind == "do" else f"undo/{_round(headers)}/{_message_id(headers, 'saga-answers')}"
+    dedupe_key = "do"
+    if kind == "undo":
+        answers = _message_id(headers, "saga-answers")
+        payload = json.dumps({**cast("dict[str, Any]", plain), "answers": answers})
+        dedupe_key = f"undo/{_round(headers)}/{answers}"
     return Reply(kind=kind, instance_id=instance_id, path=path, payload=payload, dedupe_key=dedupe_key)
 
 

@@ -37,8 +37,17 @@ def do(
 def undo(instance_id: UUID, remote: Remote[object, object], row: PlanRow, task: TaskRow, reply_topic: str) -> OutboxRow:
     """The command that undoes it; each attempt is a message of its own, which the participant answers alike."""
     headers = _headers(instance_id, row.path, "undo", reply_topic, task.started_at) | {"saga-round": str(row.round)}
-    event_id = uuid5(instance_id, f"{row.path}!undo{row.round}/{row.attempts}")
+    event_id = undo_id(instance_id, row)
     return _row(remote, "undo", key=instance_id, event_id=event_id, headers=headers, payload=task.input or "null")
+
+
+def undo_id(instance_id: UUID, row: PlanRow) -> UUID:
+    """The id of the undo command that an executing row has sent last.
+
+    A person's resume counts attempts anew; what tells theirs apart is until when each is waited for.
+    """
+    until = f"/{row.not_before.timestamp():.6f}" if row.not_before is not None else ""
+    return uuid5(instance_id, f"{row.path}!undo{row.round}/{row.attempts}{until}")
 
 
 def _headers(instance_id: UUID, path: str, command: str, reply_topic: str, sent: datetime | None) -> dict[str, str]:

@@ -80,6 +80,22 @@ async def test_a_poison_command_is_answered_and_undone(services: Services, monke
     assert [payload.get("outcome") for _, payload in mail] == ["completed", "unknown", None, None]
 
 
+async def test_an_undo_that_failed_is_sent_again(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red where the mailbox is not told what each error answers: see `Compensating._told_by_mail`."""
+    monkeypatch.setattr(limits, "COMMAND_ATTEMPTS", 1)
+    services.stock.undo_fails = 2
+    async with services.running():
+        await services.shop.start(services.shop_pool, ReserveStock(fails="rejects"), key="a")
+        assert await services.ends("a") == "failed"
+    assert await services.net() == 0
+    assert services.stock.calls[-3:] == ["undo A1"] * 3
+    assert [payload.get("error") is None for kind, payload in await services.mail("a") if kind == "undone"] == [
+        False,
+        False,
+        True,
+    ]
+
+
 async def test_a_reply_that_comes_too_late_is_recorded_and_changes_nothing(
     saga_pool: Pool, stock_pool: Pool, broker: str
 ) -> None:

@@ -909,3 +909,27 @@ async def test_a_compensation_asks_first_what_there_is_to_undo() -> None:
     row = await scene.run()
     assert (row.state, undone) == ("failed", [("pay", "found"), ("charge", "paid 1")])
     assert set(keys) == {str(step_key(scene.id, "pay#1"))}
+
+
+@pytest.mark.parametrize("times", [1, 3, 20, 45])
+async def test_a_command_that_failed_to_undo_is_sent_again(times: int) -> None:
+    """After 20 attempts a person resumes it, and they begin anew.
+
+    Red where `_told_by_mail` takes any error for one of the attempt under way: each claim reads the old ones again, and
+    what succeeded meanwhile is not seen. Red where `claimed` begins attempts anew after it has read the mail: it never
+    pauses. Red where an id of an undo comes twice: its answer is a duplicate for the mailbox.
+    """
+    scene = Scene(remotely, Order(amount=2))
+    scene.ends("undo stock.reserve#1", *[uncertain("stock.reserve#1")] * times)
+    for _ in range(times // 20):
+        row = await scene.run()
+        assert (row.state, row.paused_reason) == (
+            "paused",
+            "compensation of stock.reserve#1 failed 20 times: unknown: connection lost",
+        )
+        scene.machine.journal.resume(scene.id)
+    row = await scene.run()
+    assert (row.state, scene.left()) == ("failed", [])
+    assert scene.service.calls.count("undo stock.reserve#1") == times + 1
+    undos = [message.event_id for message in scene.machine.journal.outbox if message.event_type.endswith(".undo")]
+    assert len(set(undos)) == len(undos) == times + 1

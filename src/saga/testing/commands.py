@@ -11,6 +11,7 @@ from saga.state import OutboxRow
 class Message:
     """A command on its way, or one that was handled."""
 
+    id: UUID
     command: str
     instance_id: UUID
     path: str
@@ -25,6 +26,7 @@ def message_of(row: OutboxRow) -> Message | None:
     if "saga-command" not in headers:
         return None
     return Message(
+        id=row.event_id,
         command=headers["saga-command"],
         instance_id=UUID(headers["saga-id"]),
         path=headers["saga-path"],

@@ -345,7 +345,7 @@ class Machine:
             fact = await self.handle(message, json.dumps(known.reply["output"]))
             self._say(f"undo command {message.path}: {_words(fact)}")
             if not isinstance(fact, Completed):
-                return {"round": message.round, "error": _words(fact)}
+                return {"round": message.round, "error": _words(fact), "answers": str(message.id)}
             known.is_done = False
         return {"round": message.round}
 

@@ -101,6 +101,9 @@ def _show(report: Report) -> None:
     if report.others:
         others = ", ".join(f"{visible(name)} ({count:,})" for name, count in sorted(report.others.items()))
         out.print(f"not looked at, as the module has no such sagas: {others}", style="dim")
+    if not report.checked and not report.counts:
+        out.print("nothing of it is in flight")
+        return
     goes_on = report.checked - sum(count for kind, count in report.counts.items() if kind != "no-code")
     style = "green" if not report.counts else ""
     out.print(Text(f"{report.checked:,} in flight replayed, the code goes on with {goes_on:,}", style=style))

@@ -7,6 +7,8 @@ Three rules make a replay see what the first run saw:
 * An input is recognised by its *digest*: canonical JSON (sorted keys) without what equals its default, so that a new
   field or parameter with a default does not make old journals diverge.
 * What PostgreSQL or JSON cannot hold (U+0000, NaN) is refused where it is made.
+
+Fields stand there by their names: aliases are for others than ourselves.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -64,9 +67,9 @@ class Value(Generic[T]):
         self.what: Final = what
         self.annotation: Final = annotation
         adapter: TypeAdapter[T] = _adapter(annotation, what)
-        self._has_defaults: Final = _has_defaults(adapter)
-        self._write: Final[_Write] = adapter.serializer.to_json
-        self._read: Final[_Read] = adapter.validator.validate_json
+        self._has_defaults, self._has_sets = _traits(adapter)
+        self._write, self._read = _forms(adapter)
+        self._adapter: Final = adapter
 
     def encode(self, value: T) -> str:
         """The journal form.
@@ -83,7 +86,8 @@ class Value(Generic[T]):
             PayloadError: the value is not of the type, or has no JSON form.
         """
         body = _dump(self._write, value, self.what)
-        return body.decode(), _digest(self._write(value, exclude_defaults=True) if self._has_defaults else body)
+        bare = self._write(value, exclude_defaults=True) if self._has_defaults else body
+        return body.decode(), _digest(bare, has_sets=self._has_sets)
 
     def decode(self, text: str) -> T:
         """The value of a journal form.
@@ -100,7 +104,7 @@ class Value(Generic[T]):
             PayloadError: it is no such value; says where.
         """
         try:
-            return cast("T", self._read(text))
+            return self._adapter.validate_json(text, by_alias=True, by_name=True)
         except ValidationError as error:
             raise PayloadError(
                 self.what, f"does not fit ({_problems(error)})", "correct it, and say it again"
@@ -135,9 +139,8 @@ class Arguments:
         self._signature: Final = inspect.Signature(parameters)
         whole = _adapter(_typed_dict({p.name: hints[p.name] for p in parameters}), self.name)
         self._defaults: Final = self._default_forms(parameters)
-        self._has_defaults: Final = _has_defaults(whole)
-        self._write: Final[_Write] = whole.serializer.to_json
-        self._read: Final[_Read] = whole.validator.validate_json
+        self._has_defaults, self._has_sets = _traits(whole)
+        self._write, self._read = _forms(whole)
 
     def _default_forms(self, parameters: list[inspect.Parameter]) -> dict[str, Any]:
         """What defaults look like in a digest; an argument equal to its default is left out of it."""
@@ -186,7 +189,7 @@ class Arguments:
         """
         body = _dump(self._write, values, self.name)
         bare = self._write(values, exclude_defaults=True) if self._has_defaults else body
-        return body.decode(), _digest(bare, self._defaults)
+        return body.decode(), _digest(bare, self._defaults, has_sets=self._has_sets)
 
     def decode(self, text: str) -> dict[str, Any]:
         """The arguments of a journal form; parameters that were added since have their defaults.
@@ -223,8 +226,19 @@ def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
         ) from error
 
 
-def _has_defaults(adapter: TypeAdapter[Any]) -> bool:
-    """Whether anything in values of the type may equal a default; else what is dumped is the same without them."""
+def _forms(adapter: TypeAdapter[Any]) -> tuple[_Write, _Read]:
+    """To and from the journal: fields by their names, whatever their aliases are, and none that is computed."""
+    write = partial(adapter.serializer.to_json, by_alias=False, round_trip=True)
+    return write, partial(adapter.validator.validate_json, by_alias=False, by_name=True)
+
+
+def _traits(adapter: TypeAdapter[Any]) -> tuple[bool, bool]:
+    """Whether anything in values of the type may equal a default, and whether there are sets in them.
+
+    Without defaults what is dumped is the same with and without them. A set is written in an order that is another one
+    in each process.
+    """
+    has_defaults = has_sets = False
     seen: set[int] = set()
     queue: list[object] = [adapter.core_schema]
     while queue:
@@ -233,12 +247,12 @@ def _has_defaults(adapter: TypeAdapter[Any]) -> bool:
             continue
         seen.add(id(node))
         if isinstance(node, dict):
-            if "default" in node or "default_factory" in node:
-                return True
+            has_defaults |= "default" in node or "default_factory" in node
+            has_sets |= node.get("type") in ("set", "frozenset")
             queue.extend(node.values())
         elif isinstance(node, list | tuple):
             queue.extend(node)
-    return False
+    return has_defaults, has_sets
 
 
 def _check_parameter(owner: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> None:
@@ -306,10 +320,19 @@ def _refuse_unstorable(body: bytes, what: str) -> None:
 _canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
-def _digest(body: bytes, defaults: Mapping[str, Any] | None = None) -> bytes:
+def _digest(body: bytes, defaults: Mapping[str, Any] | None = None, *, has_sets: bool) -> bytes:
     form = from_json(body)
     if defaults:
         for name, default in defaults.items():
             if name in form and form[name] == default:
                 del form[name]
+    if has_sets:
+        form = _without_order(form)
     return hashlib.blake2b(_canonical(form).encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def _without_order(form: Any) -> Any:
+    """The same for every order of lists: in JSON a set is one."""
+    if isinstance(form, list):
+        return sorted(map(_without_order, form), key=_canonical)
+    return {name: _without_order(value) for name, value in form.items()} if isinstance(form, dict) else form

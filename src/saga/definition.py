@@ -5,7 +5,8 @@ async def place_order(run: Run, order: PlaceOrder) -> Receipt: ...
 """
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, Generic, cast
 from uuid import UUID, uuid5
 
@@ -166,20 +167,33 @@ def _reachable(function: Callable[..., Any]) -> list[Target | Saga[Any, Any]]:
             queue += _names(value)
         elif isinstance(value, Saga):
             queue.append(value.function)
+        elif isinstance(value, list | tuple | set | frozenset):
+            queue += value
+        elif isinstance(value, dict):
+            queue += value.values()
     return found
 
 
 def _names(function: Callable[..., Any]) -> list[object]:
-    code, names = cast("Any", function).__code__, cast("Any", function).__globals__
-    values: list[object] = []
+    """What a function's code names, comprehensions and inner functions included."""
+    names = cast("Any", function).__globals__
+    values: list[object] = [*(cast("Any", function).__defaults__ or ()), cast("Any", function).__kwdefaults__]
     for cell in cast("Any", function).__closure__ or ():
         try:
             values.append(cell.cell_contents)
         except ValueError:  # not assigned yet
             continue
-    for name in code.co_names:
-        value = names.get(name)
-        values.append(value)
-        if inspect.ismodule(value):
-            values += [getattr(value, other, None) for other in code.co_names]
+    for code in _codes(cast("Any", function).__code__):
+        for name in code.co_names:
+            value = names.get(name)
+            values.append(value)
+            if inspect.ismodule(value) or inspect.isclass(value):
+                values += [getattr(value, other, None) for other in code.co_names]
     return values
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)

@@ -19,7 +19,7 @@ from saga.body import At, Body, Slot
 from saga.definition import Saga
 from saga.errors import PayloadError
 from saga.ledger import Ended, Ledger
-from saga.run import DoParallel, DoReceive, DoSleep
+from saga.run import DoParallel, DoReceive, DoSleep, Signal
 from saga.state import Claimed, TaskRow
 
 
@@ -134,7 +134,7 @@ class Forward:
                 return slot.target.result.decode(row.output or "null")
             operation = slot.operation
             if isinstance(operation, DoReceive):
-                return None if row.output is None else operation.signal.model_validate_json(row.output)
+                return None if row.output is None else _signal_of(operation, row.output)
             return operation.saga.result.decode(row.output or "null") if slot.kind == "child" else None  # type: ignore[attr-defined]
         except ValueError as error:
             problem = str(error) if isinstance(error, PayloadError) else f"{row.path}: {error}"
@@ -250,6 +250,11 @@ class Forward:
             max_attempts=slot.target.retry.attempts if slot.call is not None else 1,
             started_at=intent.started_at if intent else None,
         )
+
+
+def _signal_of(operation: DoReceive, text: str) -> Signal:
+    """What was sent; by others than `Handle.signal`, perhaps, and by the aliases of its fields."""
+    return operation.signal.model_validate_json(text, by_alias=True, by_name=True)
 
 
 def _row(slot: Slot, *, at: datetime, **columns: Any) -> TaskRow:

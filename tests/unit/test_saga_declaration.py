@@ -197,6 +197,47 @@ async def reaching(run: Run, order: Order) -> int:
     return await helper(run, order)
 
 
+@step
+async def in_a_comprehension(ctx: StepContext, order: Order) -> int:
+    return 1
+
+
+@step
+async def in_a_list(ctx: StepContext, order: Order) -> int:
+    return 1
+
+
+@step
+async def _of_a_class(ctx: StepContext, order: Order) -> int:
+    return 1
+
+
+class Steps:
+    of_a_class = _of_a_class
+
+
+EVERY = {"first": [in_a_list]}
+
+
+@saga("fanning", deadline=3)
+async def fanning(run: Run, order: Order) -> int:
+    await run.parallel(*[in_a_comprehension(order) for _ in range(3)])
+    for each in EVERY["first"]:
+        await run(each(order))
+    return await run(Steps.of_a_class(order))
+
+
+@pytest.mark.parametrize("name", ["in_a_comprehension", "in_a_list", "_of_a_class"])
+def test_a_step_is_found_wherever_the_code_names_it(name: str) -> None:
+    """A cancel right after a claim, and replies after a restart, need it before the body has run.
+
+    Red where `definition._names` looks at the function's own code object only, at modules only, at bare names only.
+    """
+    target = fanning.find(name)
+    assert target is not None
+    assert target.name == name
+
+
 def test_a_step_is_found_by_its_name_before_any_body_has_run() -> None:
     assert reaching.find("charge") is charge
     assert reaching.find("in_a_helper") is in_a_helper

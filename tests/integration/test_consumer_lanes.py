@@ -121,6 +121,13 @@ async def started(engine: Engine, broker: Broker) -> Lanes:
     return lanes
 
 
+async def two_rows(pool: Pool) -> None:
+    async def there() -> bool:
+        return len(await rows(pool)) == 2
+
+    await eventually(there, what="two rows")
+
+
 async def test_paused_before_the_callback_returns_and_resumed_after_the_claim(engine: Engine) -> None:
     broker = Broker()
     lanes = make_lanes(engine, broker)
@@ -503,8 +510,7 @@ async def test_a_poll_need_not_wait_for_the_batch_before_it(pool: Pool, engine: 
         go_on.set()
         await lanes.deliver(cast("Any", broker.fetch(1)))
         await poll(lanes, broker)
-        while len(await rows(pool)) < 2:  # noqa: ASYNC110 - a state in the database
-            await asyncio.sleep(0.01)
+        await two_rows(pool)
     assert lanes.states == {AT: State.RUNNING}
     assert lanes.failures == 0
 
@@ -635,8 +641,7 @@ async def test_a_batch_fetched_under_an_earlier_claim_is_dropped(pool: Pool, eng
         await reached(lanes, State.RUNNING)
         await lanes.take(cast("Any", broker.fetch()))
     async with asyncio.timeout(10):
-        while len(await rows(pool)) < 2:  # noqa: ASYNC110 - a state in the database
-            await asyncio.sleep(0.01)
+        await two_rows(pool)
     assert set(await rows(pool)) == set(agents)
 
 

@@ -14,6 +14,7 @@ from outbox import transaction as outbox_transaction
 from saga import Rejected, Run, Signal, remote, saga
 from saga.journal import claim, look, record_late, start, write
 from saga.state import Late, PlanRow
+from tests.support.faults import eventually
 from tests.support.saga_journal import (
     NOW,
     Order,
@@ -39,8 +40,7 @@ async def waits_for_a_lock(pool: Pool, sessions: int = 1) -> None:
     query = (
         "select count(*) >= $1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
     )
-    while not await pool.fetchval(query, sessions):  # noqa: ASYNC110 - another process of the server has to get there
-        await asyncio.sleep(0.005)
+    await eventually(lambda: pool.fetchval(query, sessions), what=f"{sessions} sessions wait")
 
 
 async def counts(pool: Pool, instance_id: UUID) -> tuple[int, int]:

@@ -12,10 +12,10 @@ from outbox import Pool
 from outbox.postgres import Statements
 
 
-async def break_function(db: Pool, name: str, rule: str, without: str = "") -> None:
-    """Replace the text of a rule in a function of schema outbox."""
-    definition: str = await db.fetchval("select pg_get_functiondef(('outbox.' || $1)::regproc)", name)
-    assert definition.count(rule) == 1, f"outbox.{name} holds {rule!r} {definition.count(rule)} times"
+async def break_function(db: Pool, name: str, rule: str, without: str = "", *, schema: str = "outbox") -> None:
+    """Replace the text of a rule in a function of a schema of ours."""
+    definition: str = await db.fetchval("select pg_get_functiondef(($1 || '.' || $2)::regproc)", schema, name)
+    assert definition.count(rule) == 1, f"{schema}.{name} holds {rule!r} {definition.count(rule)} times"
     await db.execute(definition.replace(rule, without))
 
 

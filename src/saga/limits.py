@@ -43,9 +43,9 @@ START_TRY_SECONDS: Final = 10.0
 
 # Workers.
 INSTANCES_IN_FLIGHT: Final = 2_000
-CLAIM_MAX_INSTANCES: Final = 200
+CLAIM_MAX_INSTANCES: Final = 500
 """Claimed in one statement: a worker that starts among thousands of ready instances takes them in turns."""
-TAKE_OVER_MAX_INSTANCES: Final = 1_000
+TAKE_OVER_MAX_INSTANCES: Final = 2_000
 """Taken from dead workers in one statement."""
 TAKE_OVER_EVERY_SECONDS: Final = 0.5
 TAKE_OVER_AGAIN_SECONDS: Final = 0.1
@@ -58,8 +58,8 @@ SWEEP_MAX_INSTANCES: Final = 500
 TIMERS_MAX_INSTANCES: Final = 1_000
 IDLE_POLL_SECONDS: Final = 0.25
 """Between two looks of an idle worker while another one is the one that is notified."""
-HAND_OVER_SECONDS: Final = 0.5
-CUT_OFF_SECONDS: Final = 0.2
+HAND_OVER_SECONDS: Final = 0.4
+CUT_OFF_SECONDS: Final = 0.1
 """For calls that are cut off to come to an end."""
 ALONE_CRASH_COUNT: Final = 2
 """An instance that was lost so often without progress runs while nothing else does: it may be what kills the worker."""

@@ -81,6 +81,8 @@ class Calls:
         self.stuck: Final[dict[str, str]] = {}
         """Calls that need a person, and why."""
         self._asked: Final[set[str]] = set()
+        self.has_asked_for_locks = False
+        """Whether there are locks, or places in queues for them, that the claim did not find."""
         self._untouched: Final[set[str]] = {intent.path for intent in claimed.intents} if claimed.fresh else set()
         """Intents that nobody has acted upon: what they say cannot have happened."""
 
@@ -337,6 +339,7 @@ class Calls:
 
     def _lock(self, slot: Slot) -> Work:
         assert isinstance(slot.operation, DoLock)
+        self.has_asked_for_locks = True
         return Work(
             kind="lock",
             instance_id=self._id,

@@ -244,8 +244,8 @@ class Execution:
     def _chores(self, state: State) -> tuple[Chore, ...]:
         if state not in ENDED:
             return ()
-        held = self._claimed.has_locks or any(row.kind == "lock" for row in self._ledger.rows)
-        chores: tuple[Chore, ...] = ("release_locks",) if held else ()
+        has_locks = self._claimed.has_locks or self._calls.has_asked_for_locks
+        chores: tuple[Chore, ...] = ("release_locks",) if has_locks else ()
         return (*chores, "tell_parent") if self._claimed.parent_id is not None else chores
 
     # -------------------------------------------------------------------------------------------- forward

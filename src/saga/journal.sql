@@ -2,16 +2,17 @@
 
 -- name: checkpoint
 -- The checkpoints of many instances, one each. Locks: their rows, by primary key, skipping those that somebody else has
--- locked (answered `locked`, to be sent again alone by `checkpoint_waiting`). Rows: as many as sent.
+-- locked (answered `locked`, to be sent again alone by `checkpoint_waiting`). Rows: as many as sent. JSON comes as text: the
+-- pool may have a codec of its own.
 select * from saga.checkpoint($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
-                              $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34, $35, $36, $37, $38, $39,
-                              false)
+                              $21, $22, $23, $24, $25, $26, $27, $28, $29::text::json, $30::text::json, $31, $32, $33, $34,
+                              $35, $36, $37, $38, $39, false)
 
 -- name: checkpoint_waiting
 -- The same, after it has waited for the rows: for a single instance, and for a transactional step.
 select * from saga.checkpoint($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
-                              $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34, $35, $36, $37, $38, $39,
-                              true)
+                              $21, $22, $23, $24, $25, $26, $27, $28, $29::text::json, $30::text::json, $31, $32, $33, $34,
+                              $35, $36, $37, $38, $39, true)
 
 -- name: start
 -- Instances with what their bodies ask for first. Locks: the unique keys inserted, in order; waits for a concurrent start

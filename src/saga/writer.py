@@ -210,4 +210,6 @@ def _size(checkpoint: Checkpoint) -> int:
         size_bytes += len(intent.input)
     for child in checkpoint.children:
         size_bytes += len(child.request)
+    for planned in (*checkpoint.plan, *checkpoint.plan_next):
+        size_bytes += 400 + len(planned.data or "")
     return size_bytes

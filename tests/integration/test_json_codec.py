@@ -4,15 +4,18 @@ import json
 from uuid import uuid4
 
 import asyncpg
+import pytest
 
 import outbox
 from outbox import Connection, Event, Key, Relay
 from outbox.settings import Settings
 from outbox.upkeep import migrate
+from saga import Failed, Run, saga
 from tests.support.faults import eventually
 from tests.support.history import topic_reader
 from tests.support.kafka_server import create_topic
 from tests.support.relay_process import QUICK
+from tests.support.saga_worker import HOUR, Order, effects, shop, working
 
 
 async def teach_json(connection: Connection) -> None:
@@ -47,3 +50,21 @@ async def test_emit_and_relay_work_on_a_pool_with_a_json_codec(any_database: str
                 return await reader.count() == 1
 
             await eventually(published, what="the event is on the topic")
+
+
+async def test_sagas_work_on_a_pool_with_a_json_codec(any_database: str) -> None:
+    """There and back, and with a child. Red where the plan, or children, are parameters of type json."""
+    async with asyncpg.create_pool(any_database, min_size=1, max_size=10, init=teach_json) as pool:
+        await migrate.up(pool)
+        await migrate.up(pool, package="saga")
+        async with working(pool, shop, guardian):
+            handle = await guardian.start(pool, Order(fails="ship rejects"))
+            with pytest.raises(Failed, match="ship says no"):
+                await handle.result(timeout=20)
+            assert await (await guardian.start(pool, Order())).result(timeout=20) == "A1 paid sent"
+        assert (await effects(pool))[:4] == ["reserve", "charge", "refund", "release"]
+
+
+@saga("guardian", deadline=HOUR)
+async def guardian(run: Run, order: Order) -> str:
+    return await run.child(shop, order)

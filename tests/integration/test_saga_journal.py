@@ -604,3 +604,39 @@ async def test_a_child_whose_end_nobody_told_is_found_by_the_sweep(saga_pool: Po
     await settle(saga_pool)
     output = await saga_pool.fetchval("select output::text from saga.workflow_instances where workflow_name = 'whole'")
     assert output == '"late sent paid"'
+
+
+@pytest.mark.parametrize("what", ["a timer", "a takeover"])
+async def test_what_the_clock_makes_ready_calls_idle_workers(saga_pool: Pool, what: str) -> None:
+    """Whoever looks may not serve it. Red without `saga.call_worker` in `let_timers_go_off` and `take_over`."""
+    _, (lease,) = await begun(saga_pool, "a")
+    called = asyncio.Event()
+    async with saga_pool.acquire() as idle:
+        await idle.add_listener("saga_ready", lambda *_: called.set())
+        assert await idle.fetchval("select pg_try_advisory_lock(1936287842, 0)")
+        if what == "a timer":
+            assert (
+                await kind(saga_pool, checkpoint(lease.claimed, state="waiting", held=False, wake_at=NOW)) == "applied"
+            )
+            assert await saga_pool.fetchval("select saga.let_timers_go_off(10)") == 1
+        else:
+            await saga_pool.execute("delete from saga.workers")
+            assert len(await saga_pool.fetch("select saga.take_over(10)")) == 1
+        await asyncio.wait_for(called.wait(), 20)
+        await idle.execute("select pg_advisory_unlock_all()")
+        await idle.reset()
+
+
+async def test_a_child_that_is_undone_once_more_says_so_once_more(saga_pool: Pool) -> None:
+    """A late result opened it again after it had told its parent. Red where `undo_child` leaves `parent_told`."""
+    _, (parent, child) = await begun(saga_pool, "a", "b")
+    await saga_pool.execute(
+        "update saga.workflow_instances set parent_id = $2, parent_path = 'shop#1', parent_told = true,"
+        " state = 'compensating', ending = 'failed' where id = $1",
+        child.claimed.id,
+        parent.claimed.id,
+    )
+    assert await saga_pool.fetchval("select saga.undo_child($1)", child.claimed.id) == "asked"
+    await saga_pool.execute("update saga.workflow_instances set state = 'failed' where id = $1", child.claimed.id)
+    await saga_pool.execute("select saga.tell_parent($1)", child.claimed.id)
+    assert await saga_pool.fetchval("select count(*) from saga.signals where kind = 'child'") == 1

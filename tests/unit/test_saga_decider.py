@@ -933,3 +933,17 @@ async def test_a_command_that_failed_to_undo_is_sent_again(times: int) -> None:
     assert scene.service.calls.count("undo stock.reserve#1") == times + 1
     undos = [message.event_id for message in scene.machine.journal.outbox if message.event_type.endswith(".undo")]
     assert len(set(undos)) == len(undos) == times + 1
+
+
+@saga("queueing", deadline=3600)
+async def queueing(run: Run, order: Order) -> None:
+    await run.lock("the printer")
+
+
+async def test_a_place_in_a_queue_is_given_back_with_the_end() -> None:
+    """Asked for and given up under one claim. Red where `_chores` looks at what the claim and the journal say only."""
+    scene = Scene(queueing, Order(), {"write waiting (1)": "cancel"})
+    queue = scene.machine.journal._locks.setdefault("the printer", [])
+    queue.append((step_key(scene.id, "another"), "lock#1"))
+    assert (await scene.run()).state == "cancelled"
+    assert len(queue) == 1

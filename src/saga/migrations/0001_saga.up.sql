@@ -580,6 +580,9 @@ begin
            ready_at = case when i.checkpoint_no <= i.claimed_no and i.crash_count >= 5 then null else clock_timestamp() end
      where i.id = any (lost)
     returning i.id;
+    if lost is not null then
+        perform saga.call_worker();  -- whoever takes over may serve other definitions only
+    end if;
 end $$;
 comment on function saga.take_over is 'Takes instances away from workers that are dead or absent; at most that many a call';
 
@@ -602,6 +605,9 @@ begin
              where i.wake_at <= clock_timestamp() order by i.wake_at limit p_limit for no key update skip locked) d;
     update saga.workflow_instances i set wake_at = null, ready_at = clock_timestamp(), wakeups = i.wakeups + 1
      where i.id = any (due);
+    if due is not null then
+        perform saga.call_worker();  -- whoever looks at timers may serve other definitions only
+    end if;
     return coalesce(array_length(due, 1), 0);
 end $$;
 comment on function saga.let_timers_go_off is 'Makes instances ready whose time has come; at most that many a call';
@@ -791,7 +797,9 @@ begin
            set state = 'compensating', ending = 'cancelled', error_message = 'its parent is undone', parent_told = false
          where i.id = p_id;
     else
-        update saga.workflow_instances i set cancel_reason = coalesce(i.cancel_reason, 'its parent is undone') where i.id = p_id;
+        update saga.workflow_instances i
+           set cancel_reason = coalesce(i.cancel_reason, 'its parent is undone'), parent_told = false
+         where i.id = p_id;
     end if;
     perform saga.wake(p_id);
     return 'asked';

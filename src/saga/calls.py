@@ -96,7 +96,7 @@ class Calls:
                 wait = timedelta(seconds=target.timeout_seconds if target else limits.STEP_TIMEOUT_SECONDS)
                 self._keep(replace(intent, phase="do", until=now + wait, error=None))
             elif intent.phase == "stuck":
-                self._keep(replace(intent, phase="do", attempts=0, probes=0, tainted=True, flying=False, error=None))
+                self._begin_anew(intent, targets(intent.name))
             elif intent.kind == "step" and intent.flying and intent.path not in self._untouched:
                 found = replace(intent, flying=False, error=intent.error or "its worker was lost")
                 target = targets(intent.name)
@@ -104,6 +104,19 @@ class Calls:
                     self._keep(found)
                 else:
                     self._failed(found, target, found.error or "", now)
+
+    def _begin_anew(self, intent: Intent, target: Target | None) -> None:
+        """A person wants a stuck call to be tried again. One that is called once at most is only asked about."""
+        anew = replace(intent, attempts=0, probes=0, tainted=True, flying=False, not_before=None)
+        if target is None or not target.at_most_once:
+            self._keep(replace(anew, phase="do", error=None))
+        elif target.ask is not None:
+            self._keep(replace(anew, phase="probe"))
+        else:
+            self.stuck[intent.path] = (
+                f"{intent.path} is unknown after the pivot, and is called once at most: {intent.error}; "
+                f"say what it has brought: saga resume ID --step {intent.path} --result JSON"
+            )
 
     def told(self, fact: Fact, now: datetime) -> None:
         """One attempt has ended."""

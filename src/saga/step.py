@@ -75,6 +75,7 @@ class Target:
         self.retry = Retry(limits.STEP_ATTEMPTS)
         self.timeout_seconds = limits.STEP_TIMEOUT_SECONDS
         self.irreversible = False
+        self.at_most_once = False
         self.fences = False
         self.settle_seconds = 0.0
         """How long after an unknown attempt its effect may still appear."""
@@ -109,6 +110,7 @@ class Step(Target, Generic[X, P, R]):
         self.retry = options.retry
         self.timeout_seconds = options.timeout_seconds
         self.irreversible = options.irreversible
+        self.at_most_once = options.at_most_once
         self.fences = options.fences
         self.settle_seconds = options.settle_seconds
 
@@ -204,6 +206,7 @@ class Options:
     """What `step` was told."""
 
     transactional: bool = False
+    at_most_once: bool = False
     retry: Retry
     timeout_seconds: float
     irreversible: bool = False
@@ -251,7 +254,7 @@ def step(
         fn: the function, where the decorator is written without brackets.
         transactional: the first parameter is a `Transaction` on the saga's own database; what is written in it commits
             together with the step, exactly once.
-        at_most_once: never tried a second time, not even after a crash; excludes `retry`.
+        at_most_once: never tried a second time, not even after a crash or a resume; excludes `retry`.
         timeout: of one attempt.
         retry: how often it is tried, and the pauses; 5 times by default.
         irreversible: it has no compensation, and that is meant.
@@ -268,6 +271,7 @@ def step(
     timeout_seconds = positive("timeout", timeout, limits.STEP_TIMEOUT_SECONDS)
     options = Options(
         transactional=transactional,
+        at_most_once=at_most_once,
         retry=Retry(1) if at_most_once else retry or Retry(limits.STEP_ATTEMPTS),
         timeout_seconds=timeout_seconds,
         irreversible=irreversible,

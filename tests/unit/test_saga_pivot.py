@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from saga import Rejected, Run, Signal, remote, saga
+from saga import Rejected, Run, Signal, StepContext, remote, saga, step
 from saga.state import Unwritable
-from tests.support.saga_lab import Scene
+from tests.support.saga_lab import Scene, uncertain
 from tests.unit.test_saga_decider import Order, Reserved, charge, ship, undone
 
 reserve = remote("stock.reserve", Order, Reserved, timeout=30)
@@ -78,6 +78,29 @@ async def test_a_command_that_fails_after_the_pivot_pauses_for_good() -> None:
         assert "stock.reserve#1 is unknown after the pivot: cannot be written: a bug" in (row.paused_reason or "")
         scene.machine.journal.resume(scene.id)
     assert undone == []
+
+
+@step(at_most_once=True)
+async def wire(ctx: StepContext[Any], order: Order) -> str:
+    return "wired"
+
+
+@saga("wires_after", deadline=3600)
+async def wires_after(run: Run, order: Order) -> str:
+    await run.pivot()
+    return await run(wire(order))
+
+
+async def test_at_most_once_holds_beyond_a_resume() -> None:
+    """Only a person's result ends it. Red where `Calls.claimed` begins its attempts anew, like those of other steps."""
+    scene = Scene(wires_after, Order())
+    scene.ends("wire#1", uncertain("wire#1"))
+    for told in ("connection lost", "called once at most: connection lost; say what it has brought"):
+        row = await scene.run()
+        assert row.state == "paused"
+        assert told in (row.paused_reason or "")
+        scene.machine.journal.resume(scene.id)
+    assert scene.service.calls == ["step wire#1"]
 
 
 async def test_a_reply_does_not_end_a_call_that_is_no_command() -> None:

@@ -22,9 +22,10 @@ from outbox.postgres import Record
 from saga import limits
 from saga.decider import Execution
 from saga.definition import Saga
-from saga.errors import PayloadError
+from saga.errors import PayloadError, SagaError
 from saga.forward import Diverged, Unreadable
 from saga.journal import lease_of
+from saga.outcome import brief
 from saga.plan import Stuck
 from saga.state import Claimed
 
@@ -145,12 +146,12 @@ def _replayed(saga: Saga[Any, Any], claimed: Claimed, row: Record) -> Trouble | 
 
 
 def _problem(execution: Execution, now: datetime) -> Exception | None:
-    execution.begin(now)
-    if execution.problem is None:
-        try:
+    try:
+        execution.begin(now)
+        if execution.problem is None:
             execution.check_way_back()
-        except Stuck as stuck:
-            return stuck
+    except Exception as error:  # noqa: BLE001 - `Stuck`, or one with which a worker could not go on either; it is told
+        return error
     return execution.problem
 
 
@@ -167,7 +168,8 @@ def _said(problem: Exception, claimed: Claimed) -> tuple[Kind, str | None, str, 
             return "no-undo", problem.path, f"{problem.path} has to be undone", str(problem)
         case _:
             last = claimed.tasks[-1].path if claimed.tasks else None
-            return "breaks", last, "what the body got so far" if last else "the request", str(problem)
+            found = str(problem) if isinstance(problem, SagaError) else brief(problem)
+            return "breaks", last, "what the body got so far" if last else "the request", found
 
 
 def _without_code(row: Record, versions: list[int]) -> Trouble:

@@ -14,7 +14,7 @@ from saga.operate import cancel, pause
 from tests.integration.test_saga_cli_orders import saga
 from tests.support import changed_sagas as changed
 from tests.support.mutations import broken_statement
-from tests.support.saga_cases import asks, buggy, retries, sleeps, undone
+from tests.support.saga_cases import asks, buggy, commands, retries, sleeps, undone
 from tests.support.saga_journal import living
 from tests.support.saga_worker import Order, effects, reaches, working
 
@@ -163,6 +163,20 @@ async def test_a_paused_instance_tells_whether_the_mended_code_goes_on(saga_pool
     await saga_pool.execute("update saga.workflow_instances set pause_asked = 'x' where id = $1", instance)
     assert (await check(saga_pool, [changed.other_step])).counts == {"diverged": 1}
     assert (await check(saga_pool, [asks])).counts == {}
+
+
+async def test_a_journal_that_breaks_the_decider_itself_does_not_hide_the_others(saga_pool: Pool) -> None:
+    """Red where only what the decider pauses for is told: the first such instance ends the whole check."""
+    broken = await commands.start(saga_pool, Order(), key="broken")
+    await saga_pool.execute(
+        "insert into saga.signals (instance_id, no, kind, name, payload) values ($1, 1, 'reply', $2, '{}')",
+        broken.id,
+        "stock.reserve#1",
+    )
+    fine = await commands.start(saga_pool, Order(), key="fine")
+    report = await check(saga_pool, [commands])
+    assert [(one.id, one.kind, one.found) for one in report.troubles] == [(broken.id, "breaks", "KeyError: 'outcome'")]
+    assert (report.checked, fine.id != broken.id) == (2, True)
 
 
 async def test_nothing_is_written_and_nothing_is_called(saga_pool: Pool) -> None:

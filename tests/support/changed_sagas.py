@@ -94,6 +94,12 @@ async def next_version(run: Run, order: Order) -> str:
     return await run(charge(order))
 
 
+@saga("sleeps", deadline=HOUR)
+async def printing(run: Run, order: Order) -> None:
+    print("a body may print")  # noqa: T201
+    await run.sleep(1800)
+
+
 @saga("packed", deadline=HOUR)
 async def without_charge(run: Run, order: Order) -> str:
     return await run(reserve(order))

@@ -1,6 +1,5 @@
-"""What a deployment would bring, as `saga check` is given it: `asks` is changed, `sleeps` is not."""
+"""What a deployment would bring, as `saga check` is given it: `asks` is changed, `sleeps` prints."""
 
-from tests.support.changed_sagas import other_step
-from tests.support.saga_cases import sleeps
+from tests.support.changed_sagas import other_step, printing
 
-__all__ = ["other_step", "sleeps"]
+__all__ = ["other_step", "printing"]

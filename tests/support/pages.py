@@ -38,7 +38,7 @@ from outbox.embedded.databases import wheel_bin_dir
 
 ROOT: Final = Path(__file__).parents[2]
 SILENT: Final = frozenset({"", "text", "json", "ini", "yaml"})
-COMMANDS: Final = re.compile(r"^(\$ |outbox |make |pip |python |psql )", re.MULTILINE)
+COMMANDS: Final = re.compile(r"^(\$ |outbox |saga |make |pip |python |psql )", re.MULTILINE)
 STOP_TIMEOUT_SECONDS: Final = 20.0
 SERVERS: Final = frozenset({"DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS"})
 

@@ -1,7 +1,8 @@
 """`saga check --live` on the terminal."""
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -53,7 +54,8 @@ async def _replay(
     settings: Settings, sagas: list[Saga[Any, Any]], name: str | None, limit: int, *, as_json: bool
 ) -> None:
     async with database(settings, "check") as pool:
-        with _bar(shown=err.is_terminal and not as_json) as progress:
+        # What a body prints is not what this command says.
+        with _bar(shown=err.is_terminal and not as_json) as progress, redirect_stdout(sys.stderr):
             report = await live.check(pool, sagas, name=name, keep=limit, progress=progress)
     if as_json:
         print_value(_as_json(report))

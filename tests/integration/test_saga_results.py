@@ -33,6 +33,15 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> "asyncio.Queue[int]":
     return seen
 
 
+async def takes_starts(pool: Pool) -> None:
+    """Wait until a worker of this process is given what is started here."""
+
+    async def look() -> bool:
+        return bool(starts_of(pool)._takers)
+
+    await eventually(look, what="the worker is there")
+
+
 async def test_what_a_worker_of_this_process_has_is_not_asked_for(
     saga_pool: Pool, monkeypatch: pytest.MonkeyPatch, looks: "asyncio.Queue[int]"
 ) -> None:
@@ -40,11 +49,7 @@ async def test_what_a_worker_of_this_process_has_is_not_asked_for(
     monkeypatch.setattr(limits, "RESULT_POLL_MIN_SECONDS", 0.0)
     monkeypatch.setattr(limits, "RESULT_POLL_MAX_SECONDS", 60.0)
     async with working(saga_pool, workers_shop):
-
-        async def is_there() -> bool:
-            return bool(starts_of(saga_pool)._takers)
-
-        await eventually(is_there, what="the worker is there")
+        await takes_starts(saga_pool)
         handle = await workers_shop.start(saga_pool, WorkersOrder())
         assert await handle.result(timeout=20) == "A1 paid sent"
     assert looks.empty()
@@ -54,8 +59,9 @@ async def test_an_end_that_nobody_tells_is_found(saga_pool: Pool, monkeypatch: p
     """The worker had it and has lost it: another one brings it to its end. Red where it is not looked for at all."""
     monkeypatch.setattr(runner, "told_end", lambda *_: None)
     async with working(saga_pool, workers_shop):
+        await takes_starts(saga_pool)
         handle = await workers_shop.start(saga_pool, WorkersOrder())
-        assert await handle.result(timeout=20) == "A1 paid sent"
+        assert await asyncio.wait_for(handle.result(timeout=60), 20) == "A1 paid sent"
 
 
 async def test_when_the_time_is_up_there_is_a_last_look(

@@ -185,7 +185,8 @@ class Both:
             found = await self.pool.fetchrow(
                 """select i.state, i.ready_at is not null as is_ready, i.lease_owner is not null as is_held,
                           i.lease_epoch, i.checkpoint_no, i.wakeups, i.crash_count, i.cancel_reason, i.pivoted,
-                          i.ending, i.wake_at, i.paused_reason, i.intents::text as intents, i.output::text as output,
+                          i.ending, i.wake_at is not null as has_timer, i.paused_reason,
+                          i.intents::text as intents, i.output::text as output,
                           array(select t.path from saga.tasks t where t.instance_id = i.id and t.seq > 0 order by t.seq)
                               as paths,
                           (select count(*) from saga.signals s where s.instance_id = i.id) as mail,
@@ -209,7 +210,7 @@ class Both:
                 "cancel_reason": row.cancel_reason,
                 "pivoted": row.pivoted,
                 "ending": row.ending,
-                "wake_at": row.wake_at,
+                "has_timer": row.wake_at is not None,
                 "paused_reason": row.paused_reason,
                 "intents": _paths(row.intents),
                 "output": row.output,

@@ -1,13 +1,14 @@
 """The worker on PostgreSQL: how sagas end, and what is undone."""
 
 import asyncio
+import time
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 import outbox
-from outbox import Pool
+from outbox import Pool, clock
 from saga import Conflict, Failed, NotWaiting, Rejected, Run, saga
 from tests.support.saga_worker import (
     HOUR,
@@ -214,3 +215,22 @@ async def test_a_transactional_step_is_undone_in_a_transaction(saga_pool: Pool) 
             await handle.result(timeout=20)
     assert await saga_pool.fetchval("select count(*) from records") == 0
     assert await effects(saga_pool) == ["reserve", "release"]
+
+
+@saga("naps", deadline=HOUR)
+async def naps(run: Run, order: Order) -> str:
+    await run.sleep(0.5)
+    return "awake"
+
+
+async def test_a_worker_whose_clock_is_behind_is_not_woken_in_vain(
+    saga_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red where `saga.checkpoint` takes the worker's time for the database's: hundreds of claims until it is over."""
+    monkeypatch.setattr(clock, "wall", lambda: time.time() - 30)
+    async with working(saga_pool, naps):
+        handle = await naps.start(saga_pool, Order())
+        assert await handle.result(timeout=20) == "awake"
+    row = await saga_pool.fetchrow("select checkpoint_no, lease_epoch from saga.workflow_instances")
+    assert row["lease_epoch"] < 6
+    assert row["checkpoint_no"] < 6

@@ -401,7 +401,10 @@ begin
                case when ok.news then ok.n + 1 else ok.news_no end,
                case when ok.news then ok.old_state else ok.state end,
                case when ok.news or ok.flags & 2 = 2 then ok.lease_owner end,
-               case when ok.news then ok.old_wake_at else ok.wake_at end,
+               -- As long from now as it is from what the worker takes for now: were its clock behind ours, it would find
+               -- itself woken too soon, and again, and again.
+               case when ok.news then ok.old_wake_at
+                    else clock_timestamp() + make_interval(secs => extract(epoch from ok.wake_at - ok.at)::float8) end,
                ok.pivoted or (not ok.news and ok.flags & 4 = 4),
                case when ok.news then ok.old_output else ok.output::json end,
                case when ok.news then ok.ending else coalesce(ok.rest::json ->> 'ending', ok.ending) end,

@@ -38,6 +38,8 @@ HAPPY = [
     *(Fault(site, side) for site in ("saga.journal.claim", "saga.journal.register") for side in SIDES),
 ]
 BACK = [Fault(site, side, visit=visit) for site in (CALL, CHECKPOINT) for visit in (3, 4, 5) for side in SIDES]
+EARLIER = [Fault(site, side, visit=visit) for site in (CALL, CHECKPOINT) for visit in (2, 3) for side in SIDES]
+LANDED = [Fault(site, side, visit=visit) for site in (CALL, CHECKPOINT) for visit in (2, 3, 4) for side in SIDES]
 TRANSACTIONAL = [
     *(Fault("saga.journal.checkpoint_waiting", side) for side in SIDES),
     Fault("saga.writer.limit_lock_waits", "after"),
@@ -88,6 +90,34 @@ async def test_killed_on_the_way_back(saga_pool: Pool, database: str, fault: Fau
     )
     order = [name for name in dict.fromkeys(await effects(saga_pool)) if name in ("refund", "release")]
     assert order == ["refund", "release"]
+
+
+@pytest.mark.parametrize("fault", EARLIER, ids=str)
+async def test_killed_on_the_way_back_from_the_second_step(saga_pool: Pool, database: str, fault: Fault) -> None:
+    handle = await start(saga_pool, packed, Order(fails="charge rejects"))
+    with worker_process(database, fault) as worker:
+        assert await worker.ended() == -signal.SIGKILL
+    async with working(saga_pool, packed):
+        with pytest.raises(Failed):
+            await handle.result(timeout=30)
+    found = await keys(saga_pool)
+    assert (found["reserve"], found["release"], found["charge"], found["pack"]) == (1, 1, 0, 0)
+    assert {status for _, status in await plan_of(saga_pool, handle.id)} == {"completed"}
+
+
+@pytest.mark.parametrize("fault", LANDED, ids=str)
+async def test_killed_around_a_step_whose_outcome_is_unknown(saga_pool: Pool, database: str, fault: Fault) -> None:
+    """Its call lands and times out: it is undone, and what came before."""
+    handle = await start(saga_pool, settled, Order(fails="send lands"))
+    with worker_process(database, fault) as worker:
+        assert await worker.ended() == -signal.SIGKILL
+    async with working(saga_pool, settled):
+        with pytest.raises(Failed):
+            await handle.result(timeout=30)
+    found = await keys(saga_pool)
+    assert (found["reserve"], found["release"], found["unsend"]) == (1, 1, 1)
+    assert found["send"] <= 1
+    assert await plan_of(saga_pool, handle.id) == [("send#1", "completed"), ("reserve#1", "completed")]
 
 
 @pytest.mark.parametrize("fault", TRANSACTIONAL, ids=str)

@@ -26,6 +26,7 @@ from saga import (
     step,
 )
 from saga.testing import Counterexample, Lab
+from saga.testing.faults import Choices
 
 
 class PlaceOrder(BaseModel):
@@ -293,3 +294,47 @@ async def test_a_saga_that_never_ends_by_itself_is_refused() -> None:
 
     with pytest.raises(SagaError, match="rejected after the pivot"):
         await Lab(stuck).explore(PlaceOrder(), world=Shop)
+
+
+async def test_a_signal_may_come_right_before_any_write() -> None:
+    """It is not lost: the write that lets go of the instance finds news."""
+    lab = lab_of()
+    lab.signal(Approval(approved=True), after=3600)
+    site = "write waiting (1)"
+    raced = await lab.attempt(PlaceOrder(), Choices({site: "signal"}), Bank())
+    assert [str(fault) for fault in raced.machine.choices.taken] == [f"{site}: signal"]
+    assert raced.outcome.state == "completed"
+    assert not any(line.lstrip().startswith("3600") for line in raced.outcome.log)
+    assert "signal" in raced.machine.choices.seen[site]
+    assert "signal" not in raced.machine.choices.seen["write completed (1)"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("undo", "parallel#1[1]/charge#1"),
+        ("undo command", "parallel#1[0]/stock.reserve#1"),
+        ("undo_transactional", "create_order#1"),
+    ],
+)
+async def test_a_compensation_may_fail_for_good(kind: str, path: str) -> None:
+    """What comes after it has not begun; `explore` complains where it has."""
+    lab = lab_of()
+    lab.signal(Approval(approved=False))
+    run = await lab.attempt(PlaceOrder(), Choices({f"{kind} {path} (1)": "fails for good"}), Bank())
+    assert [fault.turn for fault in run.machine.choices.taken] == ["fails for good"]
+    assert run.outcome.state == "paused"
+    plan = sorted(run.row.plan.values(), key=lambda planned: planned.position)
+    failed = next(n for n, planned in enumerate(plan) if planned.status == "failed")
+    assert plan[failed].path == path
+    assert {planned.status for planned in plan[:failed]} <= {"completed"}
+    assert {planned.status for planned in plan[failed + 1 :]} <= {"pending"}
+
+
+async def test_a_way_back_that_goes_past_what_failed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decider that takes every compensation that failed for one that is not required."""
+    monkeypatch.setattr("saga.compensating._given_up", lambda row: row.status == "failed")
+    lab = lab_of()
+    lab.signal(Approval(approved=False))
+    with pytest.raises(Counterexample, match="was done and not undone"):
+        await lab.explore(PlaceOrder(), world=Bank, depth=1)

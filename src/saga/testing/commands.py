@@ -1,10 +1,12 @@
 """Commands to participants, as the Lab carries them from the outbox of one service to another one."""
 
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 from uuid import UUID
 
-from saga.state import OutboxRow
+from saga.state import Fact, OutboxRow
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,6 +20,19 @@ class Message:
     name: str
     payload: str
     round: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Handled:
+    """What a participant remembers of one command."""
+
+    reply: dict[str, Any]
+    is_done: bool
+
+
+Handle: TypeAlias = Callable[[Message, str | None], Awaitable[Fact]]
+"""Handles a command, or undoes it (then with its stored output). For a do, `Asked` means that it was done and its reply
+is lost; `Uncertain`, that the command itself is."""
 
 
 def message_of(row: OutboxRow) -> Message | None:

@@ -2,13 +2,15 @@
 
 At every step, every compensation, every command and every write of the journal: the step rejects; the worker crashes
 before, or after; the call times out and has not had its effect, or has had it; it lands after its worker was given up;
-a reply comes twice, or too late; the answer of a write is lost; a cancel arrives; a compensation fails. Histories with
-one fault come first, then those with two, so the first counterexample is a shortest one.
+a reply comes twice, or too late; the answer of a write is lost; a cancel arrives, or the next of the lab's signals,
+right before a write; a compensation fails, once or for good. Histories with one fault come first, then those with two,
+so the first counterexample is a shortest one.
 
 What must hold after each:
 
 * The saga has ended: completed, failed or cancelled; or it waits for a person, because a compensation failed, or a step
-  after the pivot.
+  after the pivot. Where a compensation fails for good, those that come after it have not begun; one that is not
+  required is left out, and its step's effect stays.
 * Completed: what happened is what the journal says, and the world is as after a run in which nothing goes wrong. The
   world is not compared where the body caught a rejection: it went another way.
 * Failed or cancelled: everything that was done and has a compensation was undone, and the world is as it was before.
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from saga.errors import Rejected, SagaError
-from saga.state import ENDED
+from saga.state import ENDED, PlanRow
 from saga.testing.faults import Choices, Fault, Turn
 
 if TYPE_CHECKING:
@@ -103,30 +105,43 @@ def _problem(faults: tuple[Fault, ...], run: "Run[Any]", happy: "Run[Any]", worl
     row = run.row
     if row.state not in ENDED:
         reason = run.outcome.reason or "it waits for what does not come"
-        return None if _waits_for_a_person(faults, run) else f"the saga is left {row.state}: {reason}"
+        if not _waits_for_a_person(faults, run):
+            return f"the saga is left {row.state}: {reason}"
+        return _problem_of_blocked(run)
     if row.state == "completed":
-        return _problem_of_completed(run, happy)
-    undoable = {path for path in run.effects.left() if _has_compensation(run, path)}
+        return _problem_of_completed(faults, run, happy)
+    given_up = {planned.path for planned in row.plan.values() if _is_given_up(planned)}
+    undoable = {path for path in run.effects.left() if _has_compensation(run, path)} - given_up
     if undoable:
         return f"the saga has {row.state}, and {', '.join(sorted(undoable))} was done and not undone"
-    return None if _has_irreversible(run) else _difference(run, world())
+    return None if _has_irreversible(run) or given_up else _difference(run, world())
 
 
-def _problem_of_completed(run: "Run[Any]", happy: "Run[Any]") -> str | None:
+def _problem_of_blocked(run: "Run[Any]") -> str | None:
+    """The way back is a way: what comes after a compensation that failed has not begun."""
+    plan = sorted(run.row.plan.values(), key=lambda planned: planned.position)
+    blocked = next((planned.position for planned in plan if planned.status == "failed" and planned.required), None)
+    if blocked is None:
+        return None
+    begun = [planned.path for planned in plan if planned.position > blocked and planned.status != "pending"]
+    return f"a compensation failed, and {', '.join(begun)} after it was undone nevertheless" if begun else None
+
+
+def _problem_of_completed(faults: tuple[Fault, ...], run: "Run[Any]", happy: "Run[Any]") -> str | None:
     rows = [task for row in run.machine.journal.rows.values() for task in row.tasks if task.kind in _EFFECTFUL]
     if run.row.plan:
         return "the saga has completed, and something was undone"
     completed = sorted(task.path for task in rows if task.outcome == "completed")
     if run.effects.left() != completed:
         return f"the saga has completed, its journal says that {completed} happened, and {run.effects.left()} did"
-    caught = any(task.outcome == "rejected" for task in rows)
-    return None if caught else _difference(run, happy.deps)
+    other_way = any(task.outcome == "rejected" for task in rows) or any(fault.turn == "signal" for fault in faults)
+    return None if other_way else _difference(run, happy.deps)
 
 
 def _waits_for_a_person(faults: tuple[Fault, ...], run: "Run[Any]") -> bool:
     """Where that is the way it is meant: a compensation fails, or something fails that cannot be undone any more."""
     if run.outcome.blocked_on is not None:
-        return any(fault.turn == "fails" for fault in faults)
+        return any(fault.turn in ("fails", "fails for good") for fault in faults)
     return run.row.state == "paused" and run.row.pivoted and bool(faults)
 
 
@@ -134,6 +149,10 @@ def _difference(run: "Run[Any]", expected: object) -> str | None:
     if _same(run.deps, expected):
         return None
     return f"the saga has {run.row.state}, and the world is\n  {run.deps!r}\ninstead of\n  {expected!r}"
+
+
+def _is_given_up(planned: PlanRow) -> bool:
+    return planned.status == "failed" and not planned.required
 
 
 def _has_compensation(run: "Run[Any]", path: str) -> bool:

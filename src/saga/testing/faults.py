@@ -11,6 +11,7 @@ from typing import Final, Literal, TypeAlias
 Turn: TypeAlias = Literal[
     "rejects",
     "fails",
+    "fails for good",
     "crash before",
     "crash after",
     "times out",
@@ -18,15 +19,20 @@ Turn: TypeAlias = Literal[
     "lands late",
     "answer lost",
     "cancel",
+    "signal",
     "reply twice",
     "reply late",
 ]
 
 DO: Final[tuple[Turn, ...]] = ("rejects", "crash before", "crash after", "times out", "times out, landed", "lands late")
-UNDO: Final[tuple[Turn, ...]] = ("fails", "crash before", "crash after", "times out, landed")
+UNDO: Final[tuple[Turn, ...]] = ("fails", "fails for good", "crash before", "crash after", "times out, landed")
 TRANSACTION: Final[tuple[Turn, ...]] = ("rejects", "crash before", "crash after", "answer lost")
+UNDO_TRANSACTION: Final[tuple[Turn, ...]] = ("fails for good", "crash before", "crash after", "answer lost")
 COMMAND: Final[tuple[Turn, ...]] = ("rejects", "reply twice", "reply late")
+UNDO_COMMAND: Final[tuple[Turn, ...]] = ("fails for good", "reply twice", "reply late")
 WRITE: Final[tuple[Turn, ...]] = ("crash before", "crash after", "answer lost", "cancel")
+WRITE_RACED: Final[tuple[Turn, ...]] = (*WRITE, "signal")
+"""Where signals are still to come: the next one comes right before the write."""
 
 
 @dataclass(frozen=True, slots=True)

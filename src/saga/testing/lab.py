@@ -222,7 +222,7 @@ class Lab(Generic[A, R]):
         machine.serve([self._saga, *(other for other in self._saga.reachable() if isinstance(other, Saga))])
         machine.journal.start(self._saga, INSTANCE, text, EPOCH, intents=first.intents, outbox=first.outbox)
         for after, signal in self._signals:
-            machine.at(EPOCH + timedelta(seconds=after), run.sender(signal))
+            machine.signal_at(EPOCH + timedelta(seconds=after), run.sender(signal))
         for after, reason in self._cancels:
             machine.at(EPOCH + timedelta(seconds=after), run.canceller(reason))
         await machine.run()

@@ -29,7 +29,7 @@ from saga.state import (
     Work,
 )
 from saga.testing import faults
-from saga.testing.commands import Message, message_of
+from saga.testing.commands import Handle, Handled, Message, message_of
 from saga.testing.faults import Choices, Turn
 from saga.testing.memory import MemoryJournal
 
@@ -39,19 +39,6 @@ _MAX_TURNS: Final = 20_000
 
 Perform: TypeAlias = Callable[[Work], Awaitable[Fact]]
 """Performs one attempt of a step, a probe or a compensation, and says what became of it."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Handled:
-    """What a participant remembers of one command."""
-
-    reply: dict[str, Any]
-    is_done: bool
-
-
-Handle: TypeAlias = Callable[[Message, str | None], Awaitable[Fact]]
-"""Handles a command, or undoes it (then with its stored output). For a do, `Asked` means that it was done and its reply
-is lost; `Uncertain`, that the command itself is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +65,10 @@ class Machine:
     _executions: dict[UUID, Execution] = field(default_factory=dict)
     _flights: list[_Flight] = field(default_factory=list)
     _later: list[tuple[datetime, Callable[[], None]]] = field(default_factory=list)
+    _signals: list[Callable[[], None]] = field(default_factory=list)
+    """Those of `_later` that send a signal, in order."""
+    _failing: set[str] = field(default_factory=set)
+    """Steps whose compensation fails for good."""
     _delivered: int = 0
     _handled: dict[tuple[UUID, str], Handled] = field(default_factory=dict)
     _visits: dict[str, int] = field(default_factory=dict)
@@ -91,6 +82,12 @@ class Machine:
     def at(self, moment: datetime, action: Callable[[], None]) -> None:
         """Do something at a time."""
         self._later.append((moment, action))
+
+    def signal_at(self, moment: datetime, send: Callable[[], None]) -> None:
+        """Send a signal at a time, or sooner: in a history in which it races a write."""
+        self.at(moment, send)
+        order = {id(action): at for at, action in self._later}
+        self._signals = sorted([*self._signals, send], key=lambda one: order[id(one)])
 
     # -------------------------------------------------------------------------------------------- running
 
@@ -134,6 +131,8 @@ class Machine:
         due = [item for item in self._later if item[0] <= self.now]
         self._later = [item for item in self._later if item[0] > self.now]
         for _, action in due:
+            if action in self._signals:
+                self._signals.remove(action)
             action()
         self.journal.due(self.now)
         return True
@@ -160,12 +159,16 @@ class Machine:
                 return
 
     def _write(self, execution: Execution, checkpoint: Checkpoint) -> Decision | None:
-        turn = self._choose(f"write {checkpoint.state}", faults.WRITE)
+        turn = self._choose(f"write {checkpoint.state}", faults.WRITE_RACED if self._signals else faults.WRITE)
         if turn == "crash before":
             self._crash()
             return None
         if turn == "cancel":
             self.journal.cancel(checkpoint.id, "cancelled by a test")
+        if turn == "signal":
+            send = self._signals.pop(0)
+            self._later = [item for item in self._later if item[1] is not send]
+            send()
         answer = self.journal.write(checkpoint)
         self.checkpoints.append(checkpoint)
         self._say(f"checkpoint {checkpoint.no + 1} ({checkpoint.state}): {answer.kind}")
@@ -209,6 +212,8 @@ class Machine:
             assert work.child_id is not None
             done = self.journal.undo_child(work.child_id)
             await self._tell(flight, Completed(path=work.path) if done else Asked(path=work.path))
+        elif work.kind in ("undo", "undo_transactional") and work.path in self._failing:
+            await self._tell(flight, Uncertain(path=work.path, error="fails for good by a test"))
         elif work.kind in ("transactional", "undo_transactional"):
             await self._transact(flight)
         else:
@@ -223,7 +228,9 @@ class Machine:
         turn = self._choose(f"{work.kind} {work.path}", turns)
         if turn == "rejects":
             await self._tell(flight, Refused(path=work.path, reason="rejected by a test"))
-        elif turn in ("fails", "times out"):
+        elif turn in ("fails", "fails for good", "times out"):
+            if turn == "fails for good":
+                self._failing.add(work.path)
             await self._tell(flight, Uncertain(path=work.path, error=f"{turn} by a test"))
         elif turn == "crash before":
             self._crash()
@@ -251,7 +258,12 @@ class Machine:
     async def _transact(self, flight: _Flight) -> None:
         """A step in the checkpoint's own transaction: both or neither."""
         work, execution = flight.work, flight.execution
-        turn = self._choose(f"{work.kind} {work.path}", faults.TRANSACTION)
+        turns = faults.TRANSACTION if work.kind == "transactional" else faults.UNDO_TRANSACTION
+        turn = self._choose(f"{work.kind} {work.path}", turns)
+        if turn == "fails for good":
+            self._failing.add(work.path)
+            await self._tell(flight, Uncertain(path=work.path, error="fails for good by a test"))
+            return
         if turn == "rejects" and work.kind == "transactional":
             await self._tell(flight, Refused(path=work.path, reason="rejected by a test"))
             return
@@ -297,7 +309,11 @@ class Machine:
         message = message_of(row)
         if message is None:
             return True
-        turn = self._choose(f"{message.command} command {message.path}", faults.COMMAND)
+        is_undo = message.command == "undo"
+        turns = faults.UNDO_COMMAND if is_undo and message.path not in self._failing else faults.COMMAND
+        turn = self._choose(f"{message.command} command {message.path}", turns)
+        if turn == "fails for good":
+            self._failing.add(message.path)
         await self._receive(message, turn)
         if turn == "reply twice":
             await self._receive(message, None)
@@ -341,6 +357,8 @@ class Machine:
         if known is None:
             tombstone = {"outcome": "rejected", "error": "undone before it came"}
             self._handled[message.instance_id, message.path] = Handled(reply=tombstone, is_done=False)
+        elif known.is_done and message.path in self._failing:
+            return {"round": message.round, "error": "fails for good by a test", "answers": str(message.id)}
         elif known.is_done:
             fact = await self.handle(message, json.dumps(known.reply["output"]))
             self._say(f"undo command {message.path}: {_words(fact)}")

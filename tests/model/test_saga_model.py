@@ -48,6 +48,11 @@ async def b(ctx: StepContext[Any]) -> str:
 async def undo_b(ctx: StepContext[Any], done: str | Unknown) -> None: ...
 
 
+@step(retry=TWICE, timeout=5, irreversible=True)
+async def c(ctx: StepContext[Any]) -> str:
+    return "done"
+
+
 class Command(BaseModel):
     pass
 
@@ -74,7 +79,7 @@ async def side_by_side(run: Run, _: None) -> None:
 async def pivoting(run: Run, _: None) -> None:
     await run(a())
     await run.pivot()
-    await run(b())
+    await run(c())
 
 
 @saga("receiving", deadline=HOUR)

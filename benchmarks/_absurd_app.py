@@ -1,18 +1,17 @@
-"""Absurd: clients that spawn tasks, and workers that run them. URL, tasks of a worker at a time, workers, count.
+"""Absurd: clients that spawn tasks, and workers that run them.
 
 A worker has one connection, for all of its tasks, hence several workers in the process. Nobody asks for results: the
 clock stops when all tasks are said to be completed, which is looked for by one statement each 20 ms.
 """
 
 import asyncio
-import sys
 from typing import Any
 
 import absurdctl
 import psycopg
 from absurd_sdk import AsyncAbsurd
 
-from benchmarks._peer_clock import STEPS, Clock
+from benchmarks._peer_clock import STEPS, Clock, Order
 
 CLIENTS = 4
 LOOK_SECONDS = 0.02
@@ -33,19 +32,20 @@ async def three(order: str, ctx: Any) -> str:
     return result
 
 
-async def main(url: str, concurrent: int, workers: int, count: int) -> None:
+async def main(order: Order) -> None:
     """Spawn so many, and wait until all have ended."""
-    looking = psycopg.connect(url, autocommit=True)
-    looking.execute(absurdctl.BUNDLED_SCHEMA_SQL)
-    clients = [AsyncAbsurd(url) for _ in range(CLIENTS)]
-    await clients[0].create_queue("default")
+    looking = psycopg.connect(order.url, autocommit=True)
+    clients = [AsyncAbsurd(order.url) for _ in range(CLIENTS)]
+    if order.number == 1:
+        looking.execute(absurdctl.BUNDLED_SCHEMA_SQL)
+        await clients[0].create_queue("default")
 
     async def spawn(orders: list[str]) -> None:
         waiting = iter(orders)
 
         async def client(absurd: Any) -> None:
-            for order in waiting:
-                await absurd.spawn("three", order, queue="default")
+            for one in waiting:
+                await absurd.spawn("three", one, queue="default")
 
         await asyncio.gather(*(client(absurd) for absurd in clients))
 
@@ -54,18 +54,19 @@ async def main(url: str, concurrent: int, workers: int, count: int) -> None:
         while looking.execute(query).fetchone()[0] < wanted:  # noqa: ASYNC110 - the database's state
             await asyncio.sleep(LOOK_SECONDS)
 
-    serving = [AsyncAbsurd(url) for _ in range(workers)]
+    serving = [AsyncAbsurd(order.url) for _ in range(order.connections)]
     tasks = []
     for number, absurd in enumerate(serving):
+        name = f"{order.number}/{number}"
         absurd.register_task("three")(three)
-        settings = {"worker_id": str(number), "concurrency": concurrent, "poll_interval": POLL_SECONDS}
+        settings = {"worker_id": name, "concurrency": order.concurrent, "poll_interval": POLL_SECONDS}
         tasks.append(asyncio.create_task(absurd.start_worker(**settings)))
-    warm_up = 2 * concurrent
-    await spawn([f"warm-up {number}" for number in range(warm_up)])
-    await all_completed(warm_up)
-    clock.begin()
-    await spawn([str(number) for number in range(count)])
-    await all_completed(warm_up + count)
+    warm_up = 2 * order.concurrent
+    await spawn([f"warm-up {order.number}/{number}" for number in range(warm_up)])
+    await all_completed(order.number * warm_up)
+    clock.begin(order.go)
+    await spawn([f"{order.number}/{number}" for number in range(order.count)])
+    await all_completed(order.processes * (warm_up + order.count))  # processes share the queue
     clock.end()
     for absurd in serving:
         absurd.stop_worker()
@@ -73,4 +74,4 @@ async def main(url: str, concurrent: int, workers: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    asyncio.run(main(Order.read()))

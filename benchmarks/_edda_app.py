@@ -1,15 +1,14 @@
-"""Edda as its guide has it: activities called by a workflow. URL, workflows at a time, connections, count.
+"""Edda as its guide has it: activities called by a workflow.
 
 `start` runs the whole workflow in the caller's hands. Edda installs uvloop itself.
 """
 
 import asyncio
-import sys
 from typing import Any
 
 from edda import EddaApp, activity, workflow
 
-from benchmarks._peer_clock import STEPS, Clock
+from benchmarks._peer_clock import STEPS, Clock, Order
 
 clock = Clock()
 
@@ -30,10 +29,11 @@ async def three(ctx: Any, order: str) -> str:
     return result
 
 
-async def main(url: str, concurrent: int, connections: int, count: int) -> None:
+async def main(order: Order) -> None:
     """Run so many, so many at a time."""
-    database = url.replace("postgresql://", "postgresql+asyncpg://", 1)
-    app = EddaApp(service_name="bench", db_url=database, pool_size=connections, max_overflow=2 * connections)
+    database = order.url.replace("postgresql://", "postgresql+asyncpg://", 1)
+    pool = {"pool_size": order.connections, "max_overflow": 2 * order.connections}
+    app = EddaApp(service_name="bench", db_url=database, **pool)
     await app.initialize()
     started = workflow(three)
 
@@ -41,18 +41,18 @@ async def main(url: str, concurrent: int, connections: int, count: int) -> None:
         waiting = iter(orders)
 
         async def client() -> None:
-            for order in waiting:
-                await started.start(order=order)
+            for one in waiting:
+                await started.start(order=one)
 
-        await asyncio.gather(*(client() for _ in range(concurrent)))
+        await asyncio.gather(*(client() for _ in range(order.concurrent)))
 
     await started.start(order="first")  # it writes the definition, which fails where several do it at once
-    await run([f"warm-up {number}" for number in range(2 * concurrent)])
-    clock.begin()
-    await run([str(number) for number in range(count)])
+    await run([f"warm-up {number}" for number in range(2 * order.concurrent)])
+    clock.begin(order.go)
+    await run([str(number) for number in range(order.count)])
     clock.end()
     await app.shutdown()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    asyncio.run(main(Order.read()))

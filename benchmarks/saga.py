@@ -105,11 +105,12 @@ def _shares(plan: Plan, report: Report) -> None:
             if rate in report and limit in report:
                 share = report[rate] / report[limit]
                 report.add(f"{name}_c{concurrent}", share, "ratio", plan.count(plan.sagas, concurrent))
-    rates = [report[rate] for c in plan.concurrent if (rate := f"saga_per_second_c{c}") in report]
-    for peer in _PEERS.values():
-        if rates and (rate := f"{peer.name}_per_second") in report:
-            report.section("Sagas beside peers, each at its best")
-            report.add(f"saga_to_{peer.name}", max(rates) / report[rate], "ratio", plan.sagas)
+    for kind, of_peer in (("saga", ""), ("two_services", "_two_processes")):
+        rates = [report[rate] for c in plan.concurrent if (rate := f"{kind}_per_second_c{c}") in report]
+        for peer in _PEERS.values():
+            if rates and (rate := f"{peer.name}{of_peer}_per_second") in report:
+                report.section("Sagas beside peers, each at its best, in one process and in two")
+                report.add(f"{kind}_to_{peer.name}", max(rates) / report[rate], "ratio", plan.sagas)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")

@@ -1,6 +1,8 @@
 """The same sagas where they are not all in one process: a worker elsewhere, and two services side by side."""
 
-import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from benchmarks.processes import module
@@ -28,12 +30,13 @@ async def processes(ground: Ground, plan: Plan, report: Report) -> None:
 
 async def _services(ground: Ground, plan: Plan, report: Report, concurrent: int) -> None:
     """Clients and a worker in each of two processes, which share the sagas."""
-    arguments = [ground.url, str(concurrent // _SERVICES), str(plan.sagas // _SERVICES)]
-    children = [module("_saga_service", arguments) for _ in range(_SERVICES)]
-    try:
-        times = await asyncio.gather(*(child.result(timeout_seconds=_TIME_LIMIT_SECONDS) for child in children))
-    finally:
+    with ExitStack() as stack:
+        go = Path(stack.enter_context(TemporaryDirectory(prefix="sagabox-bench-"))) / "go"
+        arguments = [ground.url, str(concurrent // _SERVICES), str(plan.sagas // _SERVICES), str(go)]
+        children = [stack.enter_context(module("_saga_service", arguments)) for _ in range(_SERVICES)]
         for child in children:
-            child.stop()
+            await child.says("ready", timeout_seconds=_TIME_LIMIT_SECONDS)
+        go.touch()
+        times = [await child.result(timeout_seconds=_TIME_LIMIT_SECONDS) for child in children]
     took = max(time["ended"] for time in times) - min(time["began"] for time in times)
     report.add(f"two_services_per_second_c{concurrent}", plan.sagas / took, "sagas/s", plan.sagas)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
@@ -126,13 +127,32 @@ class Measured:
         return self.count / (self.ended - self.began)
 
 
+async def _at_once() -> None:
+    """Nobody is waited for."""
+
+
 async def run(
-    ground: Ground, one: Saga[Order, str], count: int, concurrent: int, *, rejected: bool = False
+    ground: Ground,
+    one: Saga[Order, str],
+    count: int,
+    concurrent: int,
+    *,
+    rejected: bool = False,
+    ready: Callable[[], Awaitable[None]] = _at_once,
 ) -> Measured:
-    """Clients that start a saga, wait for its result, and start the next one, in one process with the worker."""
+    """Clients that start a saga, wait for its result, and start the next one, in one process with the worker.
+
+    Args:
+        ground: where.
+        one: of which kind.
+        count: sagas.
+        concurrent: at a time.
+        rejected: whether the last step rejects.
+        ready: called between warming up and the start of the clock.
+    """
     clock = Clock()
     async with Worker(ground.pool, "", one, deps=clock, settings=Settings()):
-        return await measured(ground, one, count, concurrent, clock, rejected=rejected)
+        return await measured(ground, one, count, concurrent, clock, rejected=rejected, ready=ready)
 
 
 async def measured(
@@ -143,9 +163,11 @@ async def measured(
     clock: Clock | None = None,
     *,
     rejected: bool = False,
+    ready: Callable[[], Awaitable[None]] = _at_once,
 ) -> Measured:
     """The same beside a worker that is there already; `clock` is the one that it has, if it is in this process."""
     await _clients(ground.pool, one, 50 + concurrent, concurrent, rejected=rejected)  # connections, plans, tables
+    await ready()
     gaps = clock.gaps if clock is not None else []
     gaps.clear()
     before, server_cpu = await counters(ground.pool), ground.server_cpu_seconds()

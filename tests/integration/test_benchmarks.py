@@ -80,6 +80,9 @@ PROMISED_OF_PEERS = {
     "dbos_per_second": "sagas/s",
     "absurd_per_second": "sagas/s",
     "edda_per_second": "sagas/s",
+    "dbos_two_processes_per_second": "sagas/s",
+    "absurd_two_processes_per_second": "sagas/s",
+    "edda_two_processes_per_second": "sagas/s",
 }
 
 

@@ -7,6 +7,7 @@ topic names of its own, so it runs beside anything. Fixtures are synchronous: th
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import asyncpg
 import hypothesis
@@ -100,7 +101,20 @@ async def log_pool(database: str) -> AsyncIterator[Pool]:
 @pytest_asyncio.fixture
 async def saga_pool(database: str) -> AsyncIterator[Pool]:
     """A pool on a new database that has the log and the sagas."""
-    async with asyncpg.create_pool(database, min_size=1, max_size=20) as pool:
+    async with _saga_pool(database) as pool:
+        yield pool
+
+
+@pytest_asyncio.fixture
+async def any_saga_pool(any_database: str) -> AsyncIterator[Pool]:
+    """The same on each supported PostgreSQL in turn."""
+    async with _saga_pool(any_database) as pool:
+        yield pool
+
+
+@asynccontextmanager
+async def _saga_pool(url: str) -> AsyncIterator[Pool]:
+    async with asyncpg.create_pool(url, min_size=1, max_size=20) as pool:
         await migrate.up(pool)
         await migrate.up(pool, package="saga")
         yield pool

@@ -31,6 +31,12 @@ from tests.support.saga_worker import (
 )
 
 
+@pytest.fixture
+def saga_pool(any_saga_pool: Pool) -> Pool:
+    """A worker runs on each supported PostgreSQL."""
+    return any_saga_pool
+
+
 async def test_a_saga_returns_its_result(saga_pool: Pool) -> None:
     async with working(saga_pool, shop):
         handle = await shop.start(saga_pool, Order(), key="k")

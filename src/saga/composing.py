@@ -111,8 +111,12 @@ class Composer:
 
     def _emitted(self) -> tuple[OutboxRow, ...]:
         """Messages of transactional steps whose rows are about to be written."""
-        ended = [self._ledger.ended.get(row.path) for row in self._ledger.pending]
-        return tuple([replace(message, is_next=False) for known in ended if known for message in known.outbox])
+        emitted: list[OutboxRow] = []
+        for row in self._ledger.pending:
+            known = self._ledger.ended.get(row.path)
+            if known is not None and known.outbox:
+                emitted += [replace(message, is_next=False) for message in known.outbox]
+        return tuple(emitted)
 
     def _checkpoint(self, now: datetime, *, strict: bool = False, **columns: Any) -> Checkpoint:
         return Checkpoint(

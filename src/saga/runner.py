@@ -318,21 +318,22 @@ class Runner:
         if self._around.stopping.is_set():
             return _Aborted(path=work.path)
         try:
-            return await self._begin(work)
-        except LeaseLostError as lost:
-            log.warning("%s %s: %s; %s is not begun", self._name, self._id, lost, work.path)
-            return _Aborted(path=work.path)
-
-    async def _begin(self, work: Work) -> Fact | None:
-        pool, path = self._around.pool, work.path
-        if work.kind in _CALLS:
+            if work.kind not in _CALLS:
+                return await self._begin(work)
             if crash_sites.hook is not None:
                 await crash_sites.visit(CALL, "before")
             self._heartbeat.check()
             fact = await perform(work, context_of(work, self._around.deps))
             if crash_sites.hook is not None:
                 await crash_sites.visit(CALL, "after")
-            return fact
+        except LeaseLostError as lost:
+            log.warning("%s %s: %s; %s is not begun", self._name, self._id, lost, work.path)
+            return _Aborted(path=work.path)
+        return fact
+
+    async def _begin(self, work: Work) -> Fact | None:
+        """Begin what is no call of a function outside a transaction."""
+        pool, path = self._around.pool, work.path
         self._heartbeat.check()
         if work.kind == "lock":
             ask = journal.SQL.acquire

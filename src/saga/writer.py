@@ -62,10 +62,16 @@ class Writer:
         self._arrived = asyncio.Event()
         self._lone = asyncio.Semaphore(limits.LOCKED_AT_ONCE)
         self._waiting: set[asyncio.Task[None]] = set()
+        self._locked: set[_Entry] = set()
         self.groups = 0
         """Statements that were answered; for measurements."""
         self.checkpoints = 0
         """What they wrote."""
+
+    @property
+    def alone(self) -> int:
+        """Checkpoints that wait for rows that somebody else has."""
+        return len(self._locked)
 
     def submit(self, checkpoint: Checkpoint) -> "asyncio.Future[Answer]":
         """Write a checkpoint, sooner or later; at most one of an instance at a time.
@@ -87,7 +93,7 @@ class Writer:
                 try:
                     async with postgres.acquire(self._pool) as connection:
                         while True:
-                            group = [entry for entry in group if not entry.answer.done()] or self._next_group()
+                            group = [entry for entry in group if self._is_unsent(entry)] or self._next_group()
                             if group:
                                 await self._write(connection, group)
                                 pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
@@ -101,7 +107,7 @@ class Writer:
         finally:
             for task in self._waiting:
                 task.cancel()
-            for entry in (*group, *self._queue):
+            for entry in (*group, *self._queue, *self._locked):
                 entry.answer.cancel()
 
     def _next_group(self) -> list[_Entry]:
@@ -142,9 +148,14 @@ class Writer:
                 self.checkpoints += 1
                 entries[row.id].give(row.answer)
             else:
+                self._locked.add(entries[row.id])
                 task = asyncio.create_task(self._write_alone(entries[row.id]), name=f"locked instance {row.id}")
                 self._waiting.add(task)
                 task.add_done_callback(self._waiting.discard)
+
+    def _is_unsent(self, entry: _Entry) -> bool:
+        """Whether it has to be sent with its group again: one that is locked goes its own way, and holds up nobody."""
+        return not entry.answer.done() and entry not in self._locked
 
     async def _halve(self, connection: Connection, group: Sequence[_Entry]) -> None:
         """Find who is guilty; the others are written."""
@@ -154,6 +165,7 @@ class Writer:
 
     async def _write_alone(self, entry: _Entry) -> None:
         """Wait for the row, some time at a time, so that a few that are locked for long do not keep out others."""
+        entry.answer.add_done_callback(lambda _: self._locked.discard(entry))
         pauses = retry.backoff(maximum=limits.LOCKED_WAIT_SECONDS)
         while not entry.answer.done():
             try:

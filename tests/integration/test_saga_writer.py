@@ -81,6 +81,25 @@ async def test_a_locked_instance_holds_up_nobody_and_is_written_when_it_is_free(
         assert (await free).kind == "applied"
 
 
+async def test_a_locked_instance_does_not_hold_up_those_who_come_later(saga_pool: Pool) -> None:
+    """H20. Red where `Writer.run` keeps it in the group that it sends again: nothing else is written any more."""
+    _, (first, second) = await begun(saga_pool, "a", "b")
+    async with writing(saga_pool) as made, saga_pool.acquire() as somebody:
+        async with somebody.transaction():
+            await somebody.execute("select saga.cancel('shop', 'a', 'why')")
+            locked = made.submit(checkpoint(first.claimed, rows=(task(1),)))
+
+            async def waits() -> bool:
+                return bool(made.alone)
+
+            await eventually(waits, what="it waits alone")
+            groups = made.groups
+            free = await asyncio.wait_for(made.submit(checkpoint(second.claimed, rows=(task(1),))), 10)
+            assert free.kind == "applied"
+            assert (made.groups, made.alone) == (groups + 1, 1)
+        assert (await locked).kind == "news"
+
+
 async def test_locked_instances_are_tried_again_after_lock_timeout(
     saga_pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from outbox import Pool
 from outbox.crash_sites import Side
 from saga import Failed
 from tests.support.faults import Fault, eventually
+from tests.support.mutations import break_function
 from tests.support.saga_process import worker_process
 from tests.support.saga_worker import (
     SERVICE,
@@ -148,11 +149,20 @@ async def test_a_zombie_begins_nothing(saga_pool: Pool, database: str, without: 
             assert Counter(await effects(saga_pool))["charge"] == (1 if without is None else 2)
 
 
+KNOWN = "if true or exists (select from saga.tasks"
 ALIVE = "select count(*) from saga.workers where alive_until > clock_timestamp()"
 
 
-async def test_a_zombie_that_holds_a_result_has_it_undone_again(saga_pool: Pool, database: str) -> None:
-    """H19, H47: its call landed, it was taken over, the unknown was undone; then it goes on with the result."""
+@pytest.mark.parametrize("without", [None, "late results"])
+async def test_a_zombie_that_holds_a_result_has_it_undone_again(
+    saga_pool: Pool, database: str, without: str | None
+) -> None:
+    """H19, H47: its call landed, it was taken over, the unknown was undone; then it goes on with the result.
+
+    Red where what it reports is thrown away.
+    """
+    if without is not None:
+        await break_function(saga_pool, "record_late", "if exists (select from saga.tasks", KNOWN, schema="saga")
     handle = await start(saga_pool, settled, Order())
     with worker_process(database, Fault("saga.runner.call", "after", "stop", 2)) as zombie:
         await zombie.stopped()
@@ -165,8 +175,14 @@ async def test_a_zombie_that_holds_a_result_has_it_undone_again(saga_pool: Pool,
             async def undone_again() -> bool:
                 return (await effects(saga_pool)).count("unsend") == 2
 
-            await eventually(undone_again, what="the late result is undone")
+            async def started_again() -> bool:
+                return int(await saga_pool.fetchval(ALIVE)) == 2
+
+            await eventually(started_again if without else undone_again, what="the zombie goes on")
             await reaches(saga_pool, handle.id, "failed")
+    if without is not None:
+        assert not await undone_again()
+        return
     assert await saga_pool.fetchval("select count(*) from saga.late_results") == 1
     assert (await plan_of(saga_pool, handle.id)).count(("send#1", "completed")) == 2
 

@@ -15,8 +15,7 @@ from outbox.consumer import Consumer
 from outbox.loop import Loop
 from outbox.postgres import Pool
 from outbox.upkeep import migrate
-from saga import limits
-from saga.answering import SQL
+from saga import answering, limits, replies
 from saga.definition import Saga
 from saga.participant import Participant
 from saga.replies import ReplyTarget
@@ -80,7 +79,7 @@ class Exchange(Loop):
         async for attempt in retry.attempts(stopping=self._stopping):
             with attempt:
                 await migrate.check(self._pool, package="saga")
-        forgetting = asyncio.create_task(self._keep_forgetting(), name="commands of participants")
+        forgetting = asyncio.create_task(self._keep_forgetting(), name="old commands and stray replies")
         try:
             while not self._stopping.is_set():
                 await self._follow(self._reply_topics())
@@ -118,22 +117,28 @@ class Exchange(Loop):
                 return
 
     async def _keep_forgetting(self) -> None:
-        while self._participants and not await retry.pause(limits.COMMANDS_FORGET_EVERY_SECONDS, self._stopping):
+        while not await retry.pause(limits.FORGET_EVERY_SECONDS, self._stopping):
             await forget(self._pool)
 
 
 async def forget(pool: Pool) -> int:
-    """Delete commands whose time has come, some at a time; how many went. After an error the next time does it."""
+    """Delete commands and stray replies whose time has come, some at a time; how many went.
+
+    After an error the next time does it.
+    """
     gone = 0
     try:
         while True:
-            deleted: int = await SQL.forget.fetchval(pool, limits.COMMANDS_FORGET_ROWS)
-            gone += deleted
-            if deleted < limits.COMMANDS_FORGET_ROWS:
+            commands: int = await answering.SQL.forget.fetchval(pool, limits.FORGET_ROWS)
+            strays: int = await replies.SQL.forget_strays.fetchval(
+                pool, limits.STRAYS_KEPT_DAYS, limits.STRAYS_MAX, limits.FORGET_ROWS
+            )
+            gone += commands + strays
+            if max(commands, strays) < limits.FORGET_ROWS:
                 break
     except (postgres.PostgresError, *postgres.CONNECTION_ERRORS) as error:
         log.log(
             logging.INFO if retry.is_transient(error) else logging.ERROR,
-            "old commands were not forgotten: %r; again in %.0f s", error, limits.COMMANDS_FORGET_EVERY_SECONDS,
+            "commands and stray replies were not forgotten: %r; again in %.0f s", error, limits.FORGET_EVERY_SECONDS,
         )  # fmt: skip
     return gone

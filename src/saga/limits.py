@@ -103,9 +103,12 @@ COMMAND_MAX_AGE_DAYS: Final = 6
 """An older do is refused: its tombstone may be gone. The day in between is for clocks that differ."""
 COMMANDS_UNDOABLE_DAYS: Final = 30
 """What can be undone stays so long after the deadline of its saga."""
-COMMANDS_FORGET_ROWS: Final = 5_000
+STRAYS_KEPT_DAYS: Final = 30
+STRAYS_MAX: Final = 10_000
+"""Replies that fit nothing; beyond that the oldest go."""
+FORGET_ROWS: Final = 5_000
 """Deleted in one statement."""
-COMMANDS_FORGET_EVERY_SECONDS: Final = 60.0
+FORGET_EVERY_SECONDS: Final = 60.0
 COMMANDS_CAREFUL_BATCHES: Final = 50
 """After a refusal or a failure so many batches take a savepoint for each command from the start."""
 PATH_MAX_BYTES: Final = 1_024

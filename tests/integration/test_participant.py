@@ -196,7 +196,7 @@ async def test_forgetting_goes_in_steps_and_only_what_is_due(desk: Desk, monkeyp
     await desk.pool.execute(
         "update saga.commands set forget_at = now() where key in (select key from saga.commands limit 21)"
     )
-    monkeypatch.setattr(limits, "COMMANDS_FORGET_ROWS", 10)
+    monkeypatch.setattr(limits, "FORGET_ROWS", 10)
     assert await exchange.forget(desk.pool) == 21
     assert await desk.pool.fetchval("select count(*) from saga.commands") == 4
 

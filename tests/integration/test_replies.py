@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from outbox import Pool, crash_sites
 from outbox.consumer.apply import Engine, Outcome, Partition
-from saga import answering
+from saga import answering, exchange, limits
 from saga.envelope import Command, answer_to_do, answer_to_undo, reply
 from saga.replies import ReplyTarget
 from saga.state import OutboxRow, step_key
@@ -181,6 +181,25 @@ async def test_a_lost_batch_leaves_nothing_and_is_delivered_once(desk: Desk, sid
     await desk.engine.apply(await desk.engine.claim(TOPIC, 0, 0), records)
     assert len(await desk.mail(instance)) == 1
     assert await desk.pool.fetchval("select count(*) from saga.stray_replies") == 1
+
+
+@pytest.mark.parametrize("rule", ["kept", "removed"])
+async def test_stray_replies_go_when_they_are_old_or_too_many(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """The oldest first, in steps. Red where nobody forgets them: seen with `removed`."""
+    monkeypatch.setattr(limits, "FORGET_ROWS", 4)
+    monkeypatch.setattr(limits, "STRAYS_MAX", 10 if rule == "kept" else 1_000)
+    monkeypatch.setattr(limits, "STRAYS_KEPT_DAYS", 30 if rule == "kept" else 1_000)
+    await desk.pool.execute(
+        """insert into saga.stray_replies (topic, reason, headers, came_at)
+           select 't', n::text, '{}', now() - make_interval(days => n) from generate_series(36, 25, -1) n"""
+    )
+    await desk.deliver(*(done(uuid4()) for _ in range(7)))
+    assert await exchange.forget(desk.pool) == (9 if rule == "kept" else 0)
+    left = await desk.pool.fetch("select reason from saga.stray_replies order by id")
+    expected = ["27", "26", "25", *["no such saga in this database"] * 7]
+    assert ([row["reason"] for row in left] == expected) == (rule == "kept")
 
 
 async def test_no_statement_reads_a_whole_table(desk: Desk) -> None:

@@ -37,7 +37,7 @@ with s as materialized (
 select s.nth, s.id, s.answer from s cross join woken order by s.nth
 
 -- name: claim
--- Locks: the rows it takes, skipping locked ones; index idx_workflow_instances_ready_at. Rows: at most $2.
+-- Locks: the rows it takes, skipping locked ones; index idx_workflow_instances_workflow_id_ready_at. Rows: at most $2.
 select * from saga.claim($1, $2, $3)
 
 -- name: look

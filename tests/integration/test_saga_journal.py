@@ -640,3 +640,13 @@ async def test_a_child_that_is_undone_once_more_says_so_once_more(saga_pool: Poo
     await saga_pool.execute("update saga.workflow_instances set state = 'failed' where id = $1", child.claimed.id)
     await saga_pool.execute("select saga.tell_parent($1)", child.claimed.id)
     assert await saga_pool.fetchval("select count(*) from saga.signals where kind = 'child'") == 1
+
+
+async def test_a_claim_takes_from_each_definition_and_first_from_the_longest_due(saga_pool: Pool) -> None:
+    """Red where they are not taken in the order of their heads, or the limit is that of each."""
+    for of, names in ((shop, "ab"), (far, "cd"), (whole, "ef")):
+        await start(saga_pool, starts(*names, of=of))
+    served = [whole.workflow_id, far.workflow_id, uuid4()]
+    found = [await claim(saga_pool, uuid4(), limit, served) for limit in (1, 2, 5)]
+    keys = {row["id"]: row["key"] for row in await saga_pool.fetch("select id, key from saga.workflow_instances")}
+    assert [sorted(keys[lease.claimed.id] for lease in leases) for leases in found] == [["c"], ["d", "e"], ["f"]]

@@ -5,6 +5,7 @@ plan is kept, so one that was made on an empty table has to be right later.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -13,15 +14,16 @@ import pytest
 
 from outbox import Connection
 from outbox.upkeep import migrate
-from saga import journal, tenure
+from saga import Run, journal, saga, tenure
 from saga import results as results_of
 from saga.journal import Lease, claim, start, write
 from tests.support.plans import counted
-from tests.support.saga_journal import checkpoint, intent, living, shop, starts, task
+from tests.support.saga_journal import Order, charge, checkpoint, intent, living, shop, starts, task
 
 ENDED: Final = 20_000
 HELD: Final = 30
 READY: Final = 30
+UNSERVED: Final = 300
 SITUATIONS: Final = ("planned while empty", "stale statistics", "fresh statistics")
 INSTANCES: Final = "saga.workflow_instances"
 
@@ -36,6 +38,11 @@ FILL: Final = (
        select gen_random_uuid(), i.id, s, 'charge#' || s, 'charge', 'step', '1'
          from saga.workflow_instances i cross join generate_series(0, 3) s where i.key like 'old%'""",
 )
+
+
+@saga("unserved", deadline=timedelta(days=10_000))
+async def unserved(run: Run, order: Order) -> str:
+    return await run(charge(order))
 
 
 class Scene:
@@ -61,6 +68,7 @@ class Scene:
         await living(self.connection, self.owner)
         await start(self.connection, starts(*(f"held{n}" for n in range(HELD))))
         self.leases = await claim(self.connection, self.owner, HELD, [shop.workflow_id])
+        await start(self.connection, starts(*(f"unserved{n}" for n in range(UNSERVED)), of=unserved))
         await start(self.connection, starts(*(f"ready{n}" for n in range(READY))))
 
 

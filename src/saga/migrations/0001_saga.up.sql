@@ -70,7 +70,8 @@ create table saga.workflow_instances (
     constraint workflow_instances_parent_check check ((parent_id is null) = (parent_path is null)),
     constraint workflow_instances_workflow_name_key_key unique (workflow_name, key)
 ) with (fillfactor = 50);
-create index idx_workflow_instances_ready_at on saga.workflow_instances (ready_at) where ready_at is not null;
+create index idx_workflow_instances_workflow_id_ready_at on saga.workflow_instances (workflow_id, ready_at)
+    where ready_at is not null;
 create index idx_workflow_instances_wake_at on saga.workflow_instances (wake_at) where wake_at is not null;
 create index idx_workflow_instances_lease_owner on saga.workflow_instances (lease_owner) where lease_owner is not null;
 create index idx_workflow_instances_state on saga.workflow_instances (state, created_at)
@@ -527,17 +528,27 @@ comment on function saga.standings is 'saga.result for many, in the order asked 
 create function saga.claim(p_owner uuid, p_limit integer, p_workflows uuid[]) returns setof saga.claimed
 language plpgsql volatile set enable_seqscan = off as $$
 declare
-    taken uuid[];
+    w uuid;
+    taken uuid[] := '{}';
     unused uuid[];
 begin
-    -- Rows are looked up by their ids, and not joined: see saga.checkpoint.
-    select array_agg(c.id) into taken
-      from (select i.id from saga.workflow_instances i
-             where i.ready_at is not null and i.workflow_id = any (p_workflows)
-             order by i.ready_at limit p_limit for no key update skip locked) c;
-    if taken is null then
+    -- One definition after the other, so that those that nobody serves are not read; first the one whose turn is longest due.
+    for w in
+        select x.id from unnest(p_workflows) x(id)
+         cross join lateral (select i.ready_at from saga.workflow_instances i
+                              where i.workflow_id = x.id and i.ready_at is not null order by i.ready_at limit 1) h
+         order by h.ready_at
+    loop
+        taken := taken || array(
+            select i.id from saga.workflow_instances i
+             where i.workflow_id = w and i.ready_at is not null
+             order by i.ready_at limit p_limit - cardinality(taken) for no key update skip locked);
+        exit when cardinality(taken) >= p_limit;
+    end loop;
+    if taken = '{}' then
         return;
     end if;
+    -- Rows are looked up by their ids, and not joined: see saga.checkpoint.
     with u as (
         update saga.workflow_instances i
            set lease_owner = p_owner, lease_epoch = i.lease_epoch + 1, claimed_no = i.checkpoint_no, ready_at = null,
@@ -550,7 +561,7 @@ begin
     -- not show it.
     return query select * from saga.read_claimed(taken, coalesce(unused, '{}'));
 end $$;
-comment on function saga.claim is 'Leases ready instances of these definitions, longest ready first, and hands them over with their journals';
+comment on function saga.claim is 'Leases ready instances of these definitions, longest ready first within each, and hands them over with their journals';
 
 create function saga.take_over(p_limit integer) returns setof uuid language plpgsql volatile
 set enable_seqscan = off as $$
@@ -573,6 +584,9 @@ begin
              cross join lateral (select * from saga.workflow_instances i where i.lease_owner = d.owner
                                   limit p_limit for no key update skip locked) i
              limit p_limit) l;
+    if lost is null then
+        return;
+    end if;
     return query
     update saga.workflow_instances i
        set lease_owner = null, lease_epoch = i.lease_epoch + 1,
@@ -583,9 +597,7 @@ begin
            ready_at = case when i.checkpoint_no <= i.claimed_no and i.crash_count >= 5 then null else clock_timestamp() end
      where i.id = any (lost)
     returning i.id;
-    if lost is not null then
-        perform saga.call_worker();  -- whoever takes over may serve other definitions only
-    end if;
+    perform saga.call_worker();  -- whoever takes over may serve other definitions only
 end $$;
 comment on function saga.take_over is 'Takes instances away from workers that are dead or absent; at most that many a call';
 
@@ -606,12 +618,13 @@ begin
     select array_agg(d.id) into due
       from (select i.id from saga.workflow_instances i
              where i.wake_at <= clock_timestamp() order by i.wake_at limit p_limit for no key update skip locked) d;
+    if due is null then
+        return 0;
+    end if;
     update saga.workflow_instances i set wake_at = null, ready_at = clock_timestamp(), wakeups = i.wakeups + 1
      where i.id = any (due);
-    if due is not null then
-        perform saga.call_worker();  -- whoever looks at timers may serve other definitions only
-    end if;
-    return coalesce(array_length(due, 1), 0);
+    perform saga.call_worker();  -- whoever looks at timers may serve other definitions only
+    return cardinality(due);
 end $$;
 comment on function saga.let_timers_go_off is 'Makes instances ready whose time has come; at most that many a call';
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 import outbox
-from outbox import Pool
+from outbox import Pool, crash_sites
 from saga import (
     BodyError,
     Conflict,
@@ -129,3 +129,20 @@ async def test_nothing_under_a_key(saga_pool: Pool) -> None:
         await handle.cancel("x")
     with pytest.raises(NotFound):
         _ = handle.id
+
+
+async def test_who_waits_is_told_in_time_that_the_database_is_away(saga_pool: Pool) -> None:
+    """Red where `Results` looks again until it is back, however long somebody wanted to wait."""
+    handle = await shop.start(saga_pool, Order())
+
+    async def away(at: str, _: str) -> None:
+        if at == "saga.results.standing":
+            raise ConnectionResetError("injected")
+
+    crash_sites.hook = away
+    try:
+        async with asyncio.timeout(10):
+            with pytest.raises(ConnectionResetError):
+                await handle.result(timeout=0.05)
+    finally:
+        crash_sites.hook = None

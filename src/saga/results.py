@@ -136,9 +136,7 @@ class Results:
                     continue
                 log.warning("looking for results: %r; trying again", error)
                 for waiter in group:
-                    if (
-                        waiter.is_late and waiter.seen is None
-                    ):  # nothing is known, and there is no time for another look
+                    if waiter.is_late and waiter.seen is None:  # there is no time for another look
                         waiter.fail(error)
             self._plan_again(group)
         _RESULTS.pop(self._pool, None)

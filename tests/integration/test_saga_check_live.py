@@ -193,7 +193,8 @@ async def test_nothing_is_written_and_nothing_is_called(saga_pool: Pool) -> None
         assert report.checked >= 3
     assert await written(saga_pool) == before
     assert (await effects(saga_pool), service.counts) == (done, calls)
-    claiming = "saga.claim(($1::uuid[])[1], array_length($2::uuid[], 1), $1)"
+    served = "array(select i.workflow_id from saga.workflow_instances i where i.id = any ($1::uuid[]))"
+    claiming = f"saga.claim(($1::uuid[])[1], array_length($2::uuid[], 1), {served})"
     with (
         broken_statement(live.SQL, "journals", "saga.read_claimed($1, $2)", claiming),
         pytest.raises(asyncpg.ReadOnlySQLTransactionError),

@@ -23,14 +23,14 @@ RULE = pytest.mark.parametrize("rule", ["kept", "removed"])
 
 SKIPS = "for no key update skip locked"
 READS_LATER = "return query select * from saga.read_claimed(taken, coalesce(unused, '{}'));"
-TAKES = """select array_agg(c.id) into taken
-      from (select i.id from saga.workflow_instances i
-             where i.ready_at is not null and i.workflow_id = any (p_workflows)
-             order by i.ready_at limit p_limit for no key update skip locked) c;"""
+TAKES = """taken := taken || array(
+            select i.id from saga.workflow_instances i
+             where i.workflow_id = w and i.ready_at is not null
+             order by i.ready_at limit p_limit - cardinality(taken) for no key update skip locked);"""
 TAKES_AND_READS = """select array_agg(c.id), array_agg(c.journal) into taken, journals
       from (select ids.id, (select j from saga.read_claimed(array[ids.id], '{}') j) as journal
               from (select i.id from saga.workflow_instances i
-                     where i.ready_at is not null and i.workflow_id = any (p_workflows)
+                     where i.workflow_id = w and i.ready_at is not null
                      order by i.ready_at limit p_limit for no key update) ids) c;"""
 READS_WITH_IT = """return query select (jsonb_populate_record(j, jsonb_build_object(
         'epoch', i.lease_epoch, 'wakeups', i.wakeups, 'checkpoint_no', i.checkpoint_no))).*

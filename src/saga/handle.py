@@ -16,7 +16,7 @@ from saga.errors import Conflict, Failed, NotFound, NotWaiting, ResultTimeout, S
 from saga.results import Standing, standings, wait_for_end
 from saga.run import Signal
 from saga.starting import first_call
-from saga.starts import BEGUN, starts_of
+from saga.starts import starts_of
 from saga.state import ENDED
 
 A = TypeVar("A")
@@ -26,15 +26,12 @@ R = TypeVar("R")
 class Handle(Generic[R]):
     """One instance of a saga, by its key."""
 
-    def __init__(
-        self, saga: Saga[Any, R], db: Db, key: str, instance_id: UUID | None = None, *, is_here: bool = False
-    ) -> None:
-        """For `Saga.start` and `Saga.handle`; `is_here`: a worker of this process got it with its start."""
+    def __init__(self, saga: Saga[Any, R], db: Db, key: str, instance_id: UUID | None = None) -> None:
+        """For `Saga.start` and `Saga.handle`."""
         self._saga: Final = saga
         self._db: Final = db
         self.key: Final = key
         self._id = instance_id
-        self._is_here: Final = is_here
 
     @property
     def id(self) -> UUID:
@@ -59,7 +56,7 @@ class Handle(Generic[R]):
         """
         where = target(self._db)
         standing = await (
-            wait_for_end(where, self._saga.name, self.key, self._id, seconds(timeout), is_here=self._is_here)
+            wait_for_end(where, self._saga.name, self.key, self._id, seconds(timeout))
             if postgres.is_pool(where)
             else self._poll(where, seconds(timeout))
         )
@@ -161,7 +158,7 @@ async def start(saga: Saga[A, R], db: Db, request: A, key: str | None) -> Handle
         raise SagaError(
             f"{saga.name} was started under the key {key!r} after this transaction began; try the transaction again"
         )
-    return Handle(saga, db, key, found, is_here=answer == BEGUN)
+    return Handle(saga, db, key, found)
 
 
 def wall() -> datetime:

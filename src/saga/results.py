@@ -2,8 +2,8 @@
 
 Each waiter is looked for after a short pause, and then more and more rarely, so a thousand waiters cost a few
 statements a second and the first look is quick. What a worker of the same process brings to its end, on the same pool,
-needs no statement: the end that was just committed is handed over. What it was given with its start is looked for only
-rarely.
+needs no statement: the end that was just committed is handed over. What it has now is looked for only rarely, for the
+case that it loses it.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from uuid import UUID
 from outbox import clock, postgres, retry
 from outbox.postgres import Connection, Pool
 from saga import limits
+from saga.starts import runs_here
 from saga.state import ENDED
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,10 @@ class Results:
         self._sooner = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def wait(
-        self, name: str, key: str, instance_id: UUID | None, timeout_seconds: float, *, is_here: bool
-    ) -> Standing | None:
+    async def wait(self, name: str, key: str, instance_id: UUID | None, timeout_seconds: float) -> Standing | None:
         """See `wait_for_end`."""
         waiter = _Waiter(name, key)
-        if is_here:
+        if instance_id is not None and runs_here(self._pool, instance_id):
             waiter.pause_seconds = limits.RESULT_POLL_MAX_SECONDS
         self._know(waiter, instance_id)
         self._plan(waiter, 0.0 if instance_id is None else waiter.pause_seconds)
@@ -192,7 +191,7 @@ _RESULTS: Final[dict[Pool, Results]] = {}
 
 
 async def wait_for_end(
-    pool: Pool, name: str, key: str, instance_id: UUID | None, timeout_seconds: float, *, is_here: bool = False
+    pool: Pool, name: str, key: str, instance_id: UUID | None, timeout_seconds: float
 ) -> Standing | None:
     """Where an instance stands once it has ended, or after the timeout; None where there is none.
 
@@ -202,10 +201,9 @@ async def wait_for_end(
         key: of the instance.
         instance_id: where it is known.
         timeout_seconds: there is at least one look, whatever it is.
-        is_here: whether a worker of this process has it, and will tell; looks are for the case that it loses it.
     """
     results = _RESULTS.setdefault(pool, Results(pool))
-    return await results.wait(name, key, instance_id, timeout_seconds, is_here=is_here)
+    return await results.wait(name, key, instance_id, timeout_seconds)
 
 
 def told_end(pool: Pool, instance_id: UUID, standing: Standing | None) -> None:

@@ -39,9 +39,8 @@ class Taker(Protocol):
     def begin(self, new: Start) -> None:
         """Run one that was leased to it."""
 
-
-BEGUN: Final = "begun"
-"""The answer to a start that a worker of this process got at once."""
+    def runs(self, instance_id: UUID) -> bool:
+        """Whether it has the instance now, and will tell its end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,12 +77,16 @@ class Starts:
         self._takers.remove(taker)
         self._forget()
 
+    def runs(self, instance_id: UUID) -> bool:
+        """Whether a worker of this process has the instance now."""
+        return any(taker.runs(instance_id) for taker in self._takers)
+
     def _forget(self) -> None:
         if not self._is_busy and not self._takers:
             _STARTS.pop(self._pool, None)
 
     def submit(self, new: Start) -> "asyncio.Future[tuple[UUID, str]]":
-        """Start an instance; the id under its key, and what became of it, as `journal.start` says it, or `BEGUN`."""
+        """Start an instance; the id under its key, and what became of it, as `journal.start` says it."""
         answer: asyncio.Future[tuple[UUID, str]] = asyncio.get_running_loop().create_future()
         self._queue.append(_Entry(new, answer))
         if not self._is_busy:
@@ -146,10 +149,9 @@ class Starts:
                 self._fail(group[0], error)
             return
         for entry, (found, answer) in zip(group, answers, strict=True):
-            is_taken = taker is not None and found == entry.start.id  # else it was there before
-            if taker is not None and is_taken:
+            if taker is not None and found == entry.start.id:  # else it was there before
                 taker.begin(entry.start)
-            self._settle(entry, (found, BEGUN if is_taken else answer))
+            self._settle(entry, (found, answer))
 
     async def _start_alone(self, entry: _Entry) -> None:
         try:
@@ -177,3 +179,8 @@ _STARTS: Final[dict[Pool, Starts]] = {}
 def starts_of(pool: Pool) -> Starts:
     """What this process starts on a pool."""
     return _STARTS.setdefault(pool, Starts(pool))
+
+
+def runs_here(pool: Pool, instance_id: UUID) -> bool:
+    """Whether a worker of this process, on this pool, has the instance now."""
+    return pool in _STARTS and _STARTS[pool].runs(instance_id)

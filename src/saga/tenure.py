@@ -139,6 +139,10 @@ class Tenure:
         """Run one of them."""
         self._begin(Runner.of_start(self._around, self.heartbeat, new))
 
+    def runs(self, instance_id: UUID) -> bool:
+        """Whether it has the instance now, and will tell its end."""
+        return instance_id in self._known
+
     # -------------------------------------------------------------------------------------------- claiming
 
     async def _claim(self) -> None:

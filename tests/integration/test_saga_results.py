@@ -10,7 +10,7 @@ from outbox import Pool
 from saga import ResultTimeout, limits, results, runner
 from saga.handle import wall
 from saga.results import Standing
-from saga.starts import starts_of
+from saga.starts import runs_here, starts_of
 from tests.support.faults import eventually
 from tests.support.saga_journal import Order, drive, shop
 from tests.support.saga_worker import Order as WorkersOrder
@@ -53,6 +53,23 @@ async def test_what_a_worker_of_this_process_has_is_not_asked_for(
         handle = await workers_shop.start(saga_pool, WorkersOrder())
         assert await handle.result(timeout=20) == "A1 paid sent"
     assert looks.empty()
+
+
+async def test_an_end_that_was_told_before_anybody_waited_is_looked_for_at_once(
+    saga_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red where a start that a worker here got is looked for rarely, whatever has become of it since."""
+    monkeypatch.setattr(limits, "RESULT_POLL_MAX_SECONDS", 60.0)
+    async with working(saga_pool, workers_shop):
+        await takes_starts(saga_pool)
+        handle = await workers_shop.start(saga_pool, WorkersOrder())
+        assert await handle.result(timeout=20) == "A1 paid sent"
+
+        async def let_go() -> bool:
+            return not runs_here(saga_pool, handle.id)
+
+        await eventually(let_go, what="the worker has let it go")
+        assert await asyncio.wait_for(handle.result(timeout=60), 20) == "A1 paid sent"
 
 
 async def test_an_end_that_nobody_tells_is_found(saga_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

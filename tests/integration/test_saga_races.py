@@ -3,42 +3,14 @@
 import asyncio
 import random
 from collections import defaultdict
-from typing import Any
 
 import pytest
 
 from outbox import Pool
-from saga import Failed, NotWaiting, StepContext
-from tests.support.saga_worker import Order, Service, packed, working
+from saga import NotWaiting, StepContext
+from tests.support.saga_worker import Order, Service, end_of, packed, violations, working
 
 SAGAS = 60
-UNDOES = {"reserve": "release", "charge": "refund", "pack": "unpack"}
-
-
-async def violations(pool: Pool, ends: dict[str, str], names: list[str]) -> list[str]:
-    """What is not as it must be: a completed saga did all of `names` and undid nothing, any other undid what it did."""
-    found = []
-    for sku, end in ends.items():
-        rows = await pool.fetch("select name from effects where sku = $1 order by no", sku)
-        told = list(dict.fromkeys(row["name"] for row in rows))  # a service sees a key twice where a lease ran out
-        done = [name for name in told if name in UNDOES]
-        undone = [name for name in told if name not in UNDOES]
-        expected = [] if end == "completed" else [UNDOES[name] for name in reversed(done)]
-        if undone != expected or (end == "completed" and done != names):
-            found.append(f"{sku} has {end}: {told}")
-    states = await pool.fetch(
-        "select i.id from saga.workflow_instances i where i.state not in ('completed', 'failed', 'cancelled')"
-        " or exists (select from saga.saga_compensations c where c.instance_id = i.id and c.status <> 'completed')"
-    )
-    return [*found, *(f"{row['id']} is left" for row in states)]
-
-
-async def end_of(handle: Any) -> str:
-    try:
-        await handle.result(timeout=30)
-    except Failed:
-        return "undone"
-    return "completed"
 
 
 class Noted(Service):

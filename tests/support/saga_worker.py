@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from pydantic import BaseModel
 
 from outbox import Pool, Transaction
-from saga import Rejected, Retry, Run, Saga, Signal, StepContext, Unknown, saga, step
+from saga import Failed, Handle, Rejected, Retry, Run, Saga, Signal, StepContext, Unknown, saga, step
 from saga.settings import Settings
 from saga.worker import Worker
 from tests.support.faults import eventually
@@ -226,3 +226,41 @@ async def plan_of(pool: Pool, instance_id: UUID) -> list[tuple[str, str]]:
         "select path, status from saga.saga_compensations where instance_id = $1 order by position, round", instance_id
     )
     return [(row["path"], row["status"]) for row in rows]
+
+
+UNDOES: Final = {"reserve": "release", "charge": "refund", "pack": "unpack"}
+
+
+async def end_of(handle: Handle[Any]) -> str:
+    """How a saga ends: completed, or undone."""
+    try:
+        await handle.result(timeout=30)
+    except Failed:
+        return "undone"
+    return "completed"
+
+
+async def violations(pool: Pool, ends: dict[str, str], names: list[str]) -> list[str]:
+    """What is not as it must be.
+
+    A completed saga did all of `names` and undid nothing; any other undid, in reverse order, what it did and what the
+    journal says that it may have done. Each under one key: a service sees a key twice where a worker was lost.
+    """
+    found = []
+    for sku, end in ends.items():
+        rows = await pool.fetch("select name, key from effects where sku = $1 order by no", sku)
+        told = [name for name, _ in dict.fromkeys((row["name"], row["key"]) for row in rows)]
+        done = [name for name in told if name in UNDOES]
+        undone = [name for name in told if name not in UNDOES]
+        rows = await pool.fetch(
+            "select step_id from saga.tasks where outcome = 'unknown' and input -> 'order' ->> 'sku' = $1", sku
+        )
+        touched = {*done, *(row["step_id"] for row in rows)}
+        expected = [] if end == "completed" else [UNDOES[name] for name in reversed(names) if name in touched]
+        if undone != expected or done != (names if end == "completed" else names[: len(done)]):
+            found.append(f"{sku} has {end}: {told}")
+    states = await pool.fetch(
+        "select i.id from saga.workflow_instances i where i.state not in ('completed', 'failed', 'cancelled')"
+        " or exists (select from saga.saga_compensations c where c.instance_id = i.id and c.status <> 'completed')"
+    )
+    return [*found, *(f"{row['id']} is left" for row in states)]

@@ -151,7 +151,8 @@ class Tenure:
             try:
                 while True:
                     await self._claim_once(connection)
-            except Exception:
+            except Exception:  # of any kind: `_keep` tries again, or ends the worker
+                # A reply may be lost, so look at once for what is leased; and the claim may have been too large.
                 self._counted_at, self._most = 0.0, max(1, self._most // 2)
                 raise
             finally:

@@ -59,11 +59,25 @@ async def keys(pool: Pool) -> Counter[str]:
     return Counter({row["name"]: row["keys"] for row in rows})
 
 
-@pytest.mark.parametrize("fault", HAPPY, ids=str)
-async def test_killed_on_the_way(saga_pool: Pool, database: str, fault: Fault) -> None:
-    handle = await start(saga_pool, packed, Order())
+async def killed(pool: Pool, database: str, one: Any, order: Order, fault: Fault) -> Any:
+    """A saga whose worker was killed by a fault."""
+    handle = await start(pool, one, order)
     with worker_process(database, fault) as worker:
         assert await worker.ended() == -signal.SIGKILL
+    return handle
+
+
+async def undone(pool: Pool, one: Any, handle: Any) -> Counter[str]:
+    """Another worker lets it fail; the calls that happened."""
+    async with working(pool, one):
+        with pytest.raises(Failed):
+            await handle.result(timeout=30)
+    return await keys(pool)
+
+
+@pytest.mark.parametrize("fault", HAPPY, ids=str)
+async def test_killed_on_the_way(saga_pool: Pool, database: str, fault: Fault) -> None:
+    handle = await killed(saga_pool, database, packed, Order(), fault)
     async with working(saga_pool, packed):
         assert await handle.result(timeout=30) == "A1 paid packed"
     assert await keys(saga_pool) == {"reserve": 1, "charge": 1, "pack": 1}
@@ -72,13 +86,8 @@ async def test_killed_on_the_way(saga_pool: Pool, database: str, fault: Fault) -
 
 @pytest.mark.parametrize("fault", BACK, ids=str)
 async def test_killed_on_the_way_back(saga_pool: Pool, database: str, fault: Fault) -> None:
-    handle = await start(saga_pool, packed, Order(fails="pack rejects"))
-    with worker_process(database, fault) as worker:
-        assert await worker.ended() == -signal.SIGKILL
-    async with working(saga_pool, packed):
-        with pytest.raises(Failed):
-            await handle.result(timeout=30)
-    found = await keys(saga_pool)
+    handle = await killed(saga_pool, database, packed, Order(fails="pack rejects"), fault)
+    found = await undone(saga_pool, packed, handle)
     assert {name: found[name] for name in ("reserve", "release", "charge", "refund", "pack")} == {
         "reserve": 1,
         "release": 1,
@@ -95,13 +104,8 @@ async def test_killed_on_the_way_back(saga_pool: Pool, database: str, fault: Fau
 
 @pytest.mark.parametrize("fault", EARLIER, ids=str)
 async def test_killed_on_the_way_back_from_the_second_step(saga_pool: Pool, database: str, fault: Fault) -> None:
-    handle = await start(saga_pool, packed, Order(fails="charge rejects"))
-    with worker_process(database, fault) as worker:
-        assert await worker.ended() == -signal.SIGKILL
-    async with working(saga_pool, packed):
-        with pytest.raises(Failed):
-            await handle.result(timeout=30)
-    found = await keys(saga_pool)
+    handle = await killed(saga_pool, database, packed, Order(fails="charge rejects"), fault)
+    found = await undone(saga_pool, packed, handle)
     assert (found["reserve"], found["release"], found["charge"], found["pack"]) == (1, 1, 0, 0)
     assert {status for _, status in await plan_of(saga_pool, handle.id)} == {"completed"}
 
@@ -109,13 +113,8 @@ async def test_killed_on_the_way_back_from_the_second_step(saga_pool: Pool, data
 @pytest.mark.parametrize("fault", LANDED, ids=str)
 async def test_killed_around_a_step_whose_outcome_is_unknown(saga_pool: Pool, database: str, fault: Fault) -> None:
     """Its call lands and times out: it is undone, and what came before."""
-    handle = await start(saga_pool, settled, Order(fails="send lands"))
-    with worker_process(database, fault) as worker:
-        assert await worker.ended() == -signal.SIGKILL
-    async with working(saga_pool, settled):
-        with pytest.raises(Failed):
-            await handle.result(timeout=30)
-    found = await keys(saga_pool)
+    handle = await killed(saga_pool, database, settled, Order(fails="send lands"), fault)
+    found = await undone(saga_pool, settled, handle)
     assert (found["reserve"], found["release"], found["unsend"]) == (1, 1, 1)
     assert found["send"] <= 1
     assert await plan_of(saga_pool, handle.id) == [("send#1", "completed"), ("reserve#1", "completed")]
@@ -124,9 +123,7 @@ async def test_killed_around_a_step_whose_outcome_is_unknown(saga_pool: Pool, da
 @pytest.mark.parametrize("fault", TRANSACTIONAL, ids=str)
 async def test_killed_in_a_transactional_step(saga_pool: Pool, database: str, fault: Fault) -> None:
     await saga_pool.execute("create table records (sku text)")
-    handle = await start(saga_pool, recorded, Order())
-    with worker_process(database, fault) as worker:
-        assert await worker.ended() == -signal.SIGKILL
+    handle = await killed(saga_pool, database, recorded, Order(), fault)
     async with working(saga_pool, recorded):
         assert await handle.result(timeout=30) == 1
     assert await saga_pool.fetchval("select count(*) from records") == 1

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import threading
 import time
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from outbox import Pool
+from outbox import Pool, crash_sites
 from saga import Failed, ResultTimeout
 from saga.lease import Heartbeat, LeaseLostError
 from saga.settings import Settings
@@ -32,20 +33,29 @@ async def held(pool: Pool) -> int:
 
 
 async def test_a_loop_that_stands_still_keeps_its_lease_and_is_complained_of(
-    saga_pool: Pool, caplog: pytest.LogCaptureFixture
+    saga_pool: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It stands still for as many beats as come in more than two lengths of the lease."""
+    beats = threading.Semaphore(0)
+
+    async def count(site: str, side: str) -> None:
+        if (site, side) == ("saga.journal.beat", "after"):
+            beats.release()
+
     async with working(saga_pool, shop) as service:
         service.gates, service.reached = {"charge": asyncio.Event()}, {"charge": asyncio.Event()}
         handle = await shop.start(saga_pool, Order())
         await asyncio.wait_for(service.reached["charge"].wait(), 20)
         owner = await saga_pool.fetchval("select lease_owner from saga.workflow_instances")
         with caplog.at_level(logging.WARNING, "saga.lease"):
-            time.sleep(2.5)  # noqa: ASYNC251 - that is the point: more than two leases
+            monkeypatch.setattr(crash_sites, "hook", count)
+            assert all(beats.acquire(timeout=20) for _ in range(7)), "no beat comes"  # the loop stands still here
+            monkeypatch.setattr(crash_sites, "hook", None)
         assert await saga_pool.fetchval("select alive_until > clock_timestamp() from saga.workers where id = $1", owner)
         service.gates["charge"].set()
         assert await handle.result(timeout=20) == "A1 paid sent"
     assert "stands still" in caplog.text
-    assert "time.sleep(2.5)" in caplog.text
+    assert "beats.acquire(timeout=20)" in caplog.text
     assert service.counts["charge"] == 1
 
 
@@ -54,7 +64,7 @@ async def test_a_loop_that_hangs_for_good_loses_its_lease(saga_pool: Pool, monke
     beat = Heartbeat(saga_pool, uuid4(), 1.0, "[]")
     await beat.start()
     beat.check()
-    time.sleep(1.5)  # noqa: ASYNC251 - that is the point
+    beat._thread.join(20)  # the loop stands still until it gives up
     with pytest.raises(LeaseLostError):
         beat.check()
     await asyncio.wait_for(beat.lost.wait(), 20)

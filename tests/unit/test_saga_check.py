@@ -1,7 +1,9 @@
 """`saga check` finds what a body must not do, and nothing else."""
 
 import json
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,16 @@ from typer.testing import CliRunner
 from saga.check import findings
 from saga.cli import app
 from tests.support import saga_worker, wrong_sagas
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command sets logging up for a process of its own; here it is the tests' process, which goes on."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def expected() -> set[tuple[int, str]]:
